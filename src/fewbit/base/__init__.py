@@ -1,0 +1,1 @@
+"""Floor 0: errors, names, manifests, records. Imports nothing of ours."""

@@ -1,0 +1,38 @@
+"""Tensor names: patterns that select them, and the order people expect."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import re
+
+_NUMBER = re.compile(r"(\d+)")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block|blk)\.(\d+)\.")
+
+
+@functools.lru_cache(maxsize=4096)
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """A pattern as a compiled expression: `re:…` is a regular expression (searched), anything else a glob of the whole name."""
+    return re.compile(pattern[3:]) if pattern.startswith("re:") else re.compile(fnmatch.translate(pattern))
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a tensor name is selected by a pattern (see `compile_pattern`)."""
+    compiled = compile_pattern(pattern)
+    return bool(compiled.search(name) if pattern.startswith("re:") else compiled.match(name))
+
+
+def natural_key(name: str) -> tuple:
+    """Sort key that puts layer 2 before layer 10."""
+    return tuple(int(part) if part.isdigit() else part for part in _NUMBER.split(name))
+
+
+def layer_index(name: str) -> int | None:
+    """Index of the transformer block that a tensor belongs to, or None for tensors outside the blocks."""
+    found = _LAYER.search(name)
+    return int(found.group(1)) if found else None
+
+
+def stem(name: str) -> str:
+    """The module part of a parameter name: `model.layers.0.mlp.up_proj.weight` -> `model.layers.0.mlp.up_proj`."""
+    return name[: -len(".weight")] if name.endswith(".weight") else name
