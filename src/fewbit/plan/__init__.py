@@ -1,0 +1,1 @@
+"""Floor 4: deciding, from shapes and facts alone. Pure: no files, no torch."""

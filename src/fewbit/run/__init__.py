@@ -1,0 +1,1 @@
+"""Floor 5: doing. Streaming, resuming, distributing; the only floor with state."""

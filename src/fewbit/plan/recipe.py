@@ -1,0 +1,143 @@
+"""The recipe: everything that decides what the output holds, frozen, as YAML or as command-line flags.
+
+What only decides how the work is done (memory, workers, progress) is no part of it: `run.settings`. Two runs with equal recipes and
+equal sources write equal bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from fewbit.base.errors import InputError
+
+OptionValue = bool | int | float | str
+
+
+class Rule(BaseModel):
+    """What to do with the tensors that a pattern selects; the last rule that matches counts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pattern: str = Field(description="glob of the tensor name, or re:EXPRESSION")
+    scheme: str = Field("keep", description="scheme or preset, or `keep` for the source's own precision")
+    method: str | None = Field(None, description="solver for these tensors, if another than the recipe's")
+
+
+class Recipe(BaseModel):
+    """What to make of a checkpoint. Unknown keys are errors.
+
+    The descriptions below are the help texts of the flags of `fewbit quantize`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    to: tuple[str, ...] = Field((), description="output as FORMAT[:SCHEME][,option=value]; may be given many times")
+    method: str = Field("rtn", description="solver; see `fewbit methods`")
+    options: dict[str, OptionValue] = Field(default_factory=dict, description="solver option as name=value; may be given many times")
+    rules: tuple[Rule, ...] = Field((), description="PATTERN=SCHEME or PATTERN=keep; may be given many times, the last match counts")
+    include: tuple[str, ...] = Field((), description="roles kept by default that shall be quantised too: embed, head, router …")
+    on_misfit: Literal["refuse", "keep"] = Field("refuse", description="a tensor that the scheme does not suit: refuse the job, or keep the tensor")
+    requantize: bool = Field(False, description="accept a source that is already quantised, by its decoded values")
+    rewrites: tuple[str, ...] = Field((), description="rewrites of the float model before solving: smooth, awq, rotate …")
+    calib: str | None = Field(None, description="calibration text: file (txt, jsonl, parquet), `default`, or a dataset name")
+    calib_samples: int = Field(128, ge=1, description="calibration sequences")
+    calib_length: int = Field(512, ge=8, description="tokens per calibration sequence")
+    imatrix: str | None = Field(None, description="importance matrix file (GGUF or the older binary form)")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+    max_shard_size: str = Field("5GB", description="largest output file, e.g. 5GB")
+
+    @field_validator("to", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 8GB, 512MiB, 2.5G or 4096.
+
+    Raises:
+        InputError: FB-E0402 when it is not a size.
+    """
+    units = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+    word = text.strip().lower().replace(" ", "")
+    number = word.rstrip("bikmgt")
+    unit = word[len(number) :]
+    scale = 1024 ** "kmgt".index(unit[0]) * 1024 if unit.endswith("ib") else units.get(unit.removesuffix("b") or "")
+    try:
+        size = int(float(number) * scale)
+    except (TypeError, ValueError):
+        raise InputError("FB-E0402", f"{text!r} is not a size") from None
+    if size <= 0:
+        raise InputError("FB-E0402", f"a size must be positive, got {text!r}")
+    return size
+
+
+def parse_target(text: str) -> tuple[str, str | None, dict[str, str]]:
+    """The format, scheme and options of `FORMAT[:SCHEME][,option=value …]`.
+
+    Raises:
+        InputError: FB-E0403.
+    """
+    head, *options = text.split(",")
+    name, _, scheme = head.partition(":")
+    pairs = [option.partition("=") for option in options]
+    if not name.strip() or not all(sign and key and value for key, sign, value in pairs):
+        raise InputError("FB-E0403", f"{text!r} is not of the form FORMAT[:SCHEME][,option=value]")
+    return name.strip(), scheme.strip() or None, {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def parse_rule(text: str) -> Rule:
+    """A rule of the form PATTERN=SCHEME or PATTERN=SCHEME@METHOD.
+
+    Raises:
+        InputError: FB-E0404.
+    """
+    pattern, sign, scheme = text.rpartition("=")
+    if not sign or not pattern or not scheme:
+        raise InputError("FB-E0404", f"{text!r} is not of the form PATTERN=SCHEME")
+    scheme, _, method = scheme.partition("@")
+    return Rule(pattern=pattern, scheme=scheme, method=method or None)
+
+
+def parse_option(text: str) -> tuple[str, OptionValue]:
+    """A solver option of the form name=value; the value is read as YAML (`true`, `0.01`, `64`, `descending`)."""
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise InputError("FB-E0405", f"{text!r} is not of the form name=value")
+    return name, yaml.safe_load(value)
+
+
+def recipe_from(data: dict[str, Any], *, file: object = None) -> Recipe:
+    """A recipe from plain data.
+
+    Raises:
+        InputError: FB-E0401 with each field that is wrong.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise InputError("FB-E0401", f"the recipe is not valid: {problems}", file=file) from None
+
+
+def recipe_from_yaml(text: str, *, file: object = None) -> Recipe:
+    """A recipe from YAML text (safe loader).
+
+    Raises:
+        InputError: FB-E0401 when it is not YAML, no mapping, or not a valid recipe.
+    """
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError("FB-E0401", f"the recipe is not YAML: {str(error).splitlines()[0]}", file=file) from None
+    if not isinstance(data, dict):
+        raise InputError("FB-E0401", f"a recipe is a mapping, got {type(data).__name__}", file=file)
+    return recipe_from(data, file=file)
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML, without fields at their defaults."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)

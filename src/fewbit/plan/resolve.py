@@ -1,0 +1,187 @@
+"""From a recipe and a manifest to a plan: every decision, and every refusal, before any work.
+
+Nothing here opens a file. All reasons to refuse are gathered and raised together, so that a user mends them in one go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fewbit.arch.infer import TensorFacts, facts, family_for, model_type_of
+from fewbit.base.errors import FewbitError, InputError, Refusals
+from fewbit.base.manifest import Manifest, TensorInfo
+from fewbit.base.names import matches
+from fewbit.formats.table import Assignment, Format, format_named
+from fewbit.num.scheme import Scheme, parse_scheme
+from fewbit.plan.jobs import Job, Output, Plan
+from fewbit.plan.recipe import Recipe, Rule, parse_target
+from fewbit.solve.table import SOLVERS
+
+KEPT_BECAUSE = {
+    "embed": "embeddings stay in high precision",
+    "position": "positions stay in high precision",
+    "head": "the output head stays in high precision",
+    "norm": "norms stay in high precision",
+    "bias": "biases stay in high precision",
+    "router": "routers stay in high precision",
+    "conv": "convolutions stay in high precision",
+    "sinks": "attention sinks stay in high precision",
+    "vector": "vectors stay in high precision",
+    "buffer": "not a weight",
+}
+FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was decided for one tensor: a scheme, or None to keep it, and why."""
+
+    scheme: Scheme | None
+    reason: str
+    solver: str = ""
+    asked: bool = False
+
+
+def choose(name: str, info: TensorInfo, known: TensorFacts, recipe: Recipe, base: Scheme) -> Choice:
+    """The scheme of a tensor by the recipe's rules, else by its role."""
+    rule = _last_rule(recipe.rules, name)
+    if info.dtype not in FLOATS:
+        return Choice(None, "not a floating-point tensor")
+    if rule is not None:
+        if rule.scheme == "keep":
+            return Choice(None, f"rule {rule.pattern}")
+        return Choice(parse_scheme(rule.scheme), f"rule {rule.pattern}", rule.method or recipe.method, asked=True)
+    if base.is_leaf:
+        return Choice(base, "stored as it is asked", "rtn")
+    if known.kept and known.role not in recipe.include:
+        return Choice(None, KEPT_BECAUSE[known.role])
+    if len(info.shape) < 2:
+        return Choice(None, KEPT_BECAUSE["vector"])
+    return Choice(base, "default" if known.known else "a matrix of unknown role", recipe.method)
+
+
+def _last_rule(rules: tuple[Rule, ...], name: str) -> Rule | None:
+    return next((rule for rule in reversed(rules) if matches(rule.pattern, name)), None)
+
+
+def resolve(manifest: Manifest, config: Mapping[str, Any], recipe: Recipe, *, source: str = "") -> Plan:
+    """The plan of a recipe for a checkpoint.
+
+    Raises:
+        Refusals: every reason at once: unknown words, rules that match nothing, shapes that do not suit, options that clash.
+    """
+    errors: list[FewbitError] = []
+    warnings: list[str] = []
+    known = facts(manifest, config)
+    if family_for(config) is None:
+        warnings.append(
+            f"no architecture data for model type {model_type_of(config)!r}: roles come from names and shapes, rewrites are off"
+        )
+    _check_recipe(manifest, recipe, known, errors)
+    outputs = []
+    for target in recipe.to:
+        try:
+            outputs.append(_resolve_output(target, manifest, config, known, recipe, errors))
+        except FewbitError as error:
+            errors.append(error)
+    if errors:
+        raise Refusals(errors)
+    solvers = {job.solver for out in outputs for job in out.quantised}
+    needs = sorted({need for name in solvers for need in SOLVERS[name].needs})
+    return Plan(
+        source=source,
+        outputs=tuple(outputs),
+        warnings=tuple(warnings),
+        recipe=recipe.model_dump(mode="json"),
+        needs=tuple(needs),
+        disk_bytes=sum(out.nbytes for out in outputs),
+    )
+
+
+def _check_recipe(manifest: Manifest, recipe: Recipe, known: Mapping[str, TensorFacts], errors: list[FewbitError]) -> None:
+    if not recipe.to:
+        errors.append(InputError("FB-E0403", "no output is named", remedy="add --to FORMAT:SCHEME, e.g. --to compressed-tensors:int4-g128"))
+    for method in {recipe.method, *(rule.method for rule in recipe.rules if rule.method)}:
+        if method not in SOLVERS:
+            errors.append(InputError("FB-E0406", f"no method is called {method!r}; there are {', '.join(SOLVERS)}"))
+        else:
+            for option in recipe.options:
+                if option not in SOLVERS[method].options and method == recipe.method:
+                    has = ", ".join(SOLVERS[method].options) or "none"
+                    errors.append(InputError("FB-E0405", f"method {method} has no option {option!r}; it has {has}"))
+    for rule in recipe.rules:
+        if not any(matches(rule.pattern, name) for name in manifest):
+            errors.append(InputError("FB-E0407", f"the rule {rule.pattern!r} matches no tensor", remedy="see the names with `fewbit inspect`"))
+        if rule.scheme != "keep":
+            _gather(errors, parse_scheme, rule.scheme)
+    roles = {item.role for item in known.values()}
+    for role in recipe.include:
+        if role not in roles:
+            errors.append(InputError("FB-E0408", f"--include {role}: the model has no such role; it has {', '.join(sorted(roles))}"))
+
+
+def _gather(errors: list[FewbitError], call: Any, *args: Any) -> Any:
+    try:
+        return call(*args)
+    except FewbitError as error:
+        errors.append(error)
+        return None
+
+
+def _resolve_output(
+    target: str,
+    manifest: Manifest,
+    config: Mapping[str, Any],
+    known: Mapping[str, TensorFacts],
+    recipe: Recipe,
+    errors: list[FewbitError],
+) -> Output:
+    name, spelling, options = parse_target(target)
+    form = format_named(name)
+    base = parse_scheme(spelling or form.default_scheme)
+    jobs = []
+    for tensor, info in manifest.items():
+        try:
+            choice = choose(tensor, info, known[tensor], recipe, base)
+        except FewbitError:  # a rule's scheme that cannot be parsed was gathered already
+            continue
+        jobs.append(_job(tensor, info, known[tensor], choice, form, recipe, errors))
+    assignment = Assignment(
+        schemes={job.target: job.scheme for job in jobs if job.scheme is not None},
+        kept=tuple(job.target for job in jobs if job.scheme is None and len(job.shape) >= 2),
+        solver=recipe.method,
+        options=options,
+    )
+    if not assignment.schemes and not errors:
+        raise InputError("FB-E0409", f"{target}: no tensor would be quantised", remedy="check the rules and --include")
+    new_config, small_files = form.config(dict(config), assignment)
+    return Output(target, name, options, tuple(jobs), new_config, small_files)
+
+
+def _job(
+    tensor: str,
+    info: TensorInfo,
+    known: TensorFacts,
+    choice: Choice,
+    form: Format,
+    recipe: Recipe,
+    errors: list[FewbitError],
+) -> Job:
+    scheme, reason, solver = choice.scheme, choice.reason, choice.solver
+    ops: tuple[str, ...] = ()
+    shape = info.shape
+    if scheme is not None:
+        if known.transposed and not scheme.is_leaf:
+            ops, shape = ("transpose",), known.matrix_shape(info.shape)
+        scheme = form.conform(scheme, info.dtype)
+        misfit = form.accepts(scheme, shape)
+        if misfit is None and ops and form.name != "dense":
+            misfit = f"this layer is stored [in, out] (Conv1D), which loaders of {form.name} do not know"
+        if misfit is not None and recipe.on_misfit == "refuse":
+            errors.append(InputError("FB-E0602", f"{form.name} {scheme}: {misfit}", tensor=tensor, remedy=f"--rule '{tensor}=keep', --on-misfit keep, or another scheme"))
+        if misfit is not None:
+            scheme, ops, shape, solver, reason = None, (), info.shape, "", f"kept: {misfit}"
+    writes = form.parts(tensor, scheme, shape) if scheme is not None else {tensor: (info.dtype, info.shape)}
+    return Job(tensor, tensor, (tensor,), ops, shape, info.dtype, known.role, known.layer, scheme, solver, reason, writes)

@@ -1,0 +1,91 @@
+"""Memory of a run, from shapes alone: what one job needs at its peak, and how many may run at once within a budget.
+
+A data-free job reads its tensor in tiles of rows, solves each tile, keeps only the codes and scales, and encodes them at the end:
+
+    peak  =  tile * (source + TEMPORARIES floats)  +  codes and scales  +  encoded tensors
+
+A scheme that needs the whole tensor at once (one scale for all) has a tile of the whole tensor; a tensor that is kept is copied
+through a buffer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fewbit.base.errors import ResourceError
+from fewbit.base.manifest import DTYPE_BITS
+from fewbit.num.grid import FloatGrid, VectorGrid
+from fewbit.num.scheme import Scheme
+from fewbit.plan.jobs import Job
+
+TILE_WEIGHTS = 1 << 23
+COPY_BUFFER = 1 << 25
+TEMPORARIES = 5  # float32 copies of a tile alive at once in the torch reference path of a searched fit
+BASE_BYTES = 420 << 20  # interpreter, torch, numba and their heaps, measured (dev/LOG.md)
+
+
+def row_separable(scheme: Scheme) -> bool:
+    """Whether rows (or rows of blocks) can be solved apart: no scale or shift is shared by all of them."""
+    if scheme.is_leaf:
+        return scheme.blocks.rows == 1
+    if scheme.blocks.flat or scheme.blocks.rows == 0:
+        return False
+    return all(part.is_leaf and part.blocks.rows == 1 or (not part.is_leaf and row_separable(part)) for _, part in scheme.parts())
+
+
+def tile_rows(scheme: Scheme, shape: tuple[int, ...], ops: tuple[str, ...] = ()) -> int:
+    """Rows of a tile: a whole number of blocks, some TILE_WEIGHTS weights; all rows where tiles are impossible."""
+    rows = shape[-2] if len(shape) > 1 else 1
+    if len(shape) != 2 or ops or not row_separable(scheme):
+        return rows
+    step = max(1, scheme.blocks.rows)
+    wanted = max(step, TILE_WEIGHTS // max(1, shape[-1]))
+    return min(rows, -(-wanted // step) * step)
+
+
+def code_bytes(scheme: Scheme) -> float:
+    """Bytes per weight of the codes as the solver holds them."""
+    grid = scheme.grid
+    if isinstance(grid, VectorGrid):
+        return 4 / grid.dim
+    return float(int(grid.bits) // 8) if isinstance(grid, FloatGrid) and grid.bits > 8 else 1.0
+
+
+def job_bytes(job: Job) -> int:
+    """Peak bytes of one data-free job."""
+    source = DTYPE_BITS.get(job.source_dtype, 32) / 8
+    if job.scheme is None:
+        return min(int(job.numel * source), COPY_BUFFER) if not job.ops else int(2 * job.numel * source)
+    rows = job.shape[-2] if len(job.shape) > 1 else 1
+    tile = job.numel if tile_rows(job.scheme, job.shape, job.ops) >= rows else tile_rows(job.scheme, job.shape) * job.shape[-1]
+    held = job.numel * (code_bytes(job.scheme) + 0.25)
+    return int(tile * (source + 4 * TEMPORARIES) + held + job.nbytes)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a run uses its memory: `workers` at once, `bytes` for all jobs in flight."""
+
+    workers: int
+    bytes: int
+    peak: int
+
+
+def budget(jobs: list[Job], ram: int, workers: int) -> Budget:
+    """Workers that fit a hard limit of resident memory.
+
+    Raises:
+        ResourceError: FB-E0510 when even one job at a time does not fit, naming the tensor.
+    """
+    room = ram - BASE_BYTES
+    sizes = sorted(((job_bytes(job), job) for job in jobs), key=lambda pair: -pair[0])
+    largest, worst = sizes[0] if sizes else (0, None)
+    if worst is not None and largest > room:
+        raise ResourceError(
+            "FB-E0510",
+            f"this tensor needs {(largest + BASE_BYTES) / 1e9:.2f} GB at its peak, --ram allows {ram / 1e9:.2f} GB",
+            tensor=worst.name,
+        )
+    fitting = next((n for n in range(workers, 0, -1) if sum(size for size, _ in sizes[:n]) <= room), 1)
+    peak = BASE_BYTES + sum(size for size, _ in sizes[:fitting])
+    return Budget(workers=fitting, bytes=room, peak=peak)

@@ -1,0 +1,379 @@
+"""The engine: carries out a plan tensor by tensor, within a memory budget, so that it can be killed at any moment.
+
+    plan ──> groups (jobs that solve the same tensor the same way, over all outputs)
+               │  worker threads, as many as the byte gate lets through
+               ▼
+             read a tile of rows ─> solve ─> … ─> encode once per output ─> write at the final place ─> journal
+               │
+               ▼
+             finish: small files, manifest, rename ─> audit
+
+A job is done when its bytes are written and the journal says so; the order of jobs changes no byte. Calibrated runs use the
+same sinks: they only come by their `Solved` in another way (see `run.block`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fewbit
+from fewbit.base.errors import FewbitError, InputError, Interrupted
+from fewbit.base.record import digest
+from fewbit.num.qtensor import QTensor
+from fewbit.num.scheme import Scheme
+from fewbit.plan.jobs import Job, Plan
+from fewbit.plan.recipe import parse_size
+from fewbit.plan.resources import Budget, budget, job_bytes, tile_rows
+from fewbit.run.settings import Settings
+from fewbit.run.sinks import Sink, open_sink
+from fewbit.run.source import Source
+from fewbit.solve.table import SOLVERS, Solved
+
+
+@dataclass(frozen=True)
+class Group:
+    """Jobs of one or more outputs that need the same tensor solved in the same way.
+
+    Attributes:
+        key: stands for the group in the journal.
+        jobs: (index of the output, job).
+    """
+
+    key: str
+    jobs: tuple[tuple[int, Job], ...]
+
+    @property
+    def job(self) -> Job:
+        return self.jobs[0][1]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did.
+
+    Attributes:
+        outputs: final paths, in the order of the plan's outputs.
+        losses: weight name -> relative weighted error, per output target.
+        notes: weight name -> what a solver had to say.
+        seconds: wall time of this run; resumed: jobs that an earlier run had done.
+        peak_bytes: peak of resident memory of the process so far.
+    """
+
+    outputs: tuple[Path, ...]
+    losses: dict[str, dict[str, float]]
+    notes: dict[str, tuple[str, ...]]
+    seconds: float
+    resumed: int
+    peak_bytes: int
+
+
+class ByteGate:
+    """Lets work through as long as the bytes in flight stay within a limit; one job may always run."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._held, self._running = limit, 0, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, nbytes: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._running == 0 or self._held + nbytes <= self._limit)
+            self._held += nbytes
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= nbytes
+                self._running -= 1
+                self._changed.notify_all()
+
+
+def groups_of(plan: Plan) -> list[Group]:
+    """All groups of a plan, in the order of their first job."""
+    found: dict[str, list[tuple[int, Job]]] = {}
+    for index, output in enumerate(plan.outputs):
+        for job in output.jobs:
+            key = digest([job.reads, job.ops, str(job.scheme) if job.scheme else None, job.solver])[:24]
+            found.setdefault(key, []).append((index, job))
+    return [Group(key, tuple(jobs)) for key, jobs in found.items()]
+
+
+def identity(plan: Plan, source: Source) -> dict[str, Any]:
+    """What must be equal for an interrupted run to be resumed."""
+    return {
+        "fewbit": fewbit.__version__,
+        "torch": torch.__version__.split("+")[0],
+        "source": source.fingerprint(),
+        **{f"recipe.{name}": value for name, value in plan.recipe.items()},
+    }
+
+
+def run_plan(plan: Plan, source: Source, out: Path, settings: Settings, calibrated: Callable[..., Any] | None = None) -> Outcome:
+    """Carries out a plan.
+
+    Args:
+        plan: from `plan.resolve`.
+        source: the open checkpoint.
+        out: output folder; with several outputs, each gets a folder in it.
+        settings: memory, workers, events.
+        calibrated: for plans with `needs`: a generator function (groups, plan, source, settings, journal) -> (Group, Solved), block by block.
+
+    Raises:
+        ResourceError: before any work when it cannot fit; during it when the disk is full (resumable).
+        InputError: FB-E0411 when an interrupted run with other options lies there.
+        Interrupted: FB-E0511 on Ctrl-C or SIGTERM; resumable.
+        QualityError: FB-E0412 when the audit finds the output incomplete.
+    """
+    started = time.monotonic()
+    groups = groups_of(plan)
+    room = budget([group.job for group in groups], settings.ram, settings.workers)
+    shard_bytes = parse_size(plan.recipe["max_shard_size"])
+    sinks = _open_sinks(plan, source, out, settings, shard_bytes)
+    run = _Run(plan, source, settings, room, sinks, identity(plan, source))
+    try:
+        with _stoppable(run):
+            run.work(groups, calibrated)
+        outputs = tuple(sink.finish(_record(plan, source, run)) for sink in sinks)
+    finally:
+        for sink in sinks:
+            sink.close()
+    settings.on_event({"event": "done", "seconds": time.monotonic() - started})
+    return Outcome(outputs, run.losses, run.notes, time.monotonic() - started, run.resumed, peak_rss())
+
+
+def _open_sinks(plan: Plan, source: Source, out: Path, settings: Settings, shard_bytes: int) -> list[Sink]:
+    sinks: list[Sink] = []
+    try:
+        for index, output in enumerate(plan.outputs):
+            place = out if len(plan.outputs) == 1 else out / output_folder(plan, index)
+            sinks.append(open_sink(output, source, place, settings.overwrite, shard_bytes))
+    except BaseException:
+        for sink in sinks:
+            sink.close()
+        raise
+    return sinks
+
+
+def output_folder(plan: Plan, index: int) -> str:
+    """Folder name of one of several outputs: its target, made safe for file systems."""
+    safe = [("".join(c if c.isalnum() or c in "._-" else "-" for c in output.target)).strip("-") for output in plan.outputs]
+    return safe[index] if safe.count(safe[index]) == 1 else f"{safe[index]}-{index + 1}"
+
+
+class _Run:
+    """State of one run: what is done, what is in flight, whether to stop."""
+
+    def __init__(self, plan: Plan, source: Source, settings: Settings, room: Budget, sinks: list[Sink], who: dict[str, Any]) -> None:
+        self.plan, self.source, self.settings, self.room, self.sinks = plan, source, settings, room, sinks
+        self.gate = ByteGate(room.bytes)
+        self.stop = threading.Event()
+        self.signal = signal.SIGINT
+        self.losses: dict[str, dict[str, float]] = {output.target: {} for output in plan.outputs}
+        self.notes: dict[str, tuple[str, ...]] = {}
+        self.resumed = 0
+        self.total = sum(group.job.numel for group in groups_of(plan))
+        self.finished = 0
+        for sink in sinks:
+            sink.open_journal(who)
+
+    def work(self, groups: list[Group], calibrated: Callable[..., Any] | None) -> None:
+        todo = []
+        for group in groups:
+            if all(self.sinks[index].is_done(job) for index, job in group.jobs):
+                self.resumed += len(group.jobs)
+                self._remember(group)
+                self.finished += group.job.numel
+            else:
+                todo.append(group)
+        self.settings.on_event({"event": "start", "total": self.total, "done": self.finished, "jobs": len(groups), "resumed": self.resumed})
+        if self.plan.needs:
+            if calibrated is None:
+                raise InputError("FB-E0406", "this method needs calibration, which this call was given no engine for")
+            wanted = [group for group in todo if group.job.scheme is not None and SOLVERS[group.job.solver].needs]
+            todo = [group for group in todo if group not in wanted]
+            self._pool(todo)
+            for group, solved in calibrated(groups, {group.key for group in wanted}, self):
+                self._check_stop()
+                self.emit(group, solved)
+        else:
+            self._pool(todo)
+
+    def _pool(self, todo: list[Group]) -> None:
+        """Runs data-free groups on worker threads; the first failure stops the rest."""
+        pending: set[Future[None]] = set()
+        queue = iter(todo)
+        with ThreadPoolExecutor(max_workers=self.room.workers) as pool:
+            try:
+                while True:
+                    while len(pending) < 2 * self.room.workers and (group := next(queue, None)) is not None:
+                        pending.add(pool.submit(self._one, group))
+                    if not pending:
+                        break
+                    finished, pending = wait(pending, return_when=FIRST_COMPLETED, timeout=0.5)
+                    for future in finished:
+                        future.result()
+                    self._check_stop()
+            except BaseException:
+                self.stop.set()
+                raise
+
+    def _check_stop(self) -> None:
+        if self.stop.is_set():
+            raise _interrupted(self.signal)
+
+    def _one(self, group: Group) -> None:
+        if self.stop.is_set():
+            return
+        with self.gate.hold(job_bytes(group.job)):
+            if group.job.scheme is None:
+                self._copy(group)
+            else:
+                self.emit(group, self.solve(group.job))
+
+    def solve(self, job: Job) -> Solved:
+        """The data-free answer for one job, tile by tile."""
+        assert job.scheme is not None
+        solver = SOLVERS[job.solver]
+        options = {name: value for name, value in self.plan.recipe["options"].items() if name in solver.options}
+        seed = self.plan.recipe["seed"]
+        step, rows = tile_rows(job.scheme, job.shape, job.ops), job.shape[-2] if len(job.shape) > 1 else 1
+        if step >= rows:
+            weight = read_weight(self.source, job)
+            return self._located(job, lambda: solver.solve(weight, None, job.scheme, seed=seed, options=options))
+        tiles = []
+        for start in range(0, rows, step):
+            weight = self.source.read_rows(job.name, start, min(rows, start + step))
+            tiles.append(self._located(job, lambda w=weight: solver.solve(w, None, job.scheme, seed=seed, options=options)))
+        return join_rows(job.scheme, job.shape, tiles)
+
+    def _located(self, job: Job, call: Callable[[], Solved]) -> Solved:
+        """Adds the tensor's name to an error that does not know it."""
+        try:
+            return call()
+        except FewbitError as error:
+            if error.tensor is None:
+                error.tensor = job.name
+            raise
+
+    def emit(self, group: Group, solved: Solved) -> None:
+        """Encodes and writes a solved tensor to every output that wants it, and journals it."""
+        for index, job in group.jobs:
+            self.sinks[index].put(job, solved)
+        self._finished(group)
+
+    def _copy(self, group: Group) -> None:
+        for index, job in group.jobs:
+            self.sinks[index].copy(job, self.source)
+        self._finished(group)
+
+    def _finished(self, group: Group) -> None:
+        self._remember(group)
+        self.finished += group.job.numel
+        self.settings.on_event({"event": "job", "name": group.job.name, "done": self.finished, "total": self.total})
+
+    def _remember(self, group: Group) -> None:
+        for index, job in group.jobs:
+            entry = self.sinks[index].done(job)
+            if entry.get("loss") is not None:
+                self.losses[self.plan.outputs[index].target][job.target] = entry["loss"]
+            if entry.get("notes"):
+                self.notes[job.target] = tuple(entry["notes"])
+
+
+def read_weight(source: Source, job: Job) -> torch.Tensor:
+    """The float tensor of a job, its transforms applied: [..., out, in]."""
+    weight = source.read(job.name)
+    for op in job.ops:
+        if op != "transpose":
+            raise InputError("FB-E0001", f"the engine knows no transform {op!r}", tensor=job.name)
+        weight = weight.transpose(-1, -2).contiguous()
+    return weight
+
+
+def join_rows(scheme: Scheme, shape: tuple[int, ...], tiles: list[Solved]) -> Solved:
+    """One answer from the answers for tiles of rows."""
+    q = cat_rows(scheme, shape, [tile.q for tile in tiles])
+    weights = [tile.q.codes.numel() for tile in tiles]
+    loss = sum(tile.loss * count for tile, count in zip(tiles, weights, strict=True)) / max(1, sum(weights))
+    notes = tuple(dict.fromkeys(note for tile in tiles for note in tile.notes))
+    return replace(tiles[0], q=q, loss=loss, notes=notes)
+
+
+def cat_rows(scheme: Scheme, shape: tuple[int, ...], parts: list[QTensor]) -> QTensor:
+    """Stacks quantised row tiles: codes, scales and shifts along the row dimension."""
+
+    def joined(name: str, inner: Scheme | None) -> torch.Tensor | QTensor | None:
+        stored = [getattr(part, name) for part in parts]
+        if stored[0] is None or inner is None:
+            return None
+        if isinstance(stored[0], QTensor):
+            return cat_rows(inner, scheme.block_counts(shape), stored)
+        return torch.cat(stored, dim=-2)
+
+    return QTensor(
+        scheme,
+        tuple(shape),
+        torch.cat([part.codes for part in parts], dim=-2),
+        joined("scale", scheme.scale),
+        joined("code_shift", scheme.code_shift),
+        joined("value_shift", scheme.value_shift),
+    )
+
+
+def _record(plan: Plan, source: Source, run: _Run) -> dict[str, Any]:
+    """What `fewbit-manifest.json` says of the run."""
+    return {"fewbit": fewbit.__version__, "source": plan.source, "source_fingerprint": source.fingerprint(), "recipe": plan.recipe}
+
+
+def _interrupted(number: int) -> Interrupted:
+    error = Interrupted("FB-E0511", f"stopped by {signal.Signals(number).name}; finished tensors are kept")
+    error.exit_status = 128 + number
+    return error
+
+
+@contextmanager
+def _stoppable(run: _Run) -> Iterator[None]:
+    """SIGINT and SIGTERM let the tensors in flight finish, then stop; a second one stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, _frame: object) -> None:
+        if run.stop.is_set():
+            raise KeyboardInterrupt
+        run.signal = number
+        run.stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+        if run.stop.is_set():
+            raise _interrupted(run.signal)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def peak_rss() -> int:
+    """Peak resident memory of this process so far, bytes."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def sha256_of(view: memoryview) -> str:
+    return hashlib.sha256(view).hexdigest()

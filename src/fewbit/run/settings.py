@@ -1,0 +1,66 @@
+"""How a run is carried out: memory, workers, progress. None of it changes a byte of the output."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+Event = dict[str, Any]
+"""What a run reports as it goes: {"event": "start" | "job" | "note" | "done", …}."""
+
+
+def default_workers() -> int:
+    """Usable cores, four at most: reading, solving and writing overlap, more would only hold more tensors."""
+    return max(1, min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
+def default_ram() -> int:
+    """Three quarters of the memory that is free now, in bytes."""
+    return int(psutil.virtual_memory().available * 0.75)
+
+
+def _silent(event: Event) -> None:
+    """Takes no notice."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Execution settings.
+
+    Attributes:
+        ram: hard limit of resident memory, bytes.
+        vram: limit of device memory, bytes; 0 for what is there.
+        workers: tensors in flight at most.
+        device: "cpu", "cuda", "cuda:0" …
+        overwrite: replace an existing output.
+        on_event: called with each event, from any thread.
+    """
+
+    ram: int
+    workers: int
+    vram: int = 0
+    device: str = "cpu"
+    overwrite: bool = False
+    on_event: Callable[[Event], None] = _silent
+
+
+def settings(
+    ram: int | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    on_event: Callable[[Event], None] = _silent,
+    vram: int = 0,
+) -> Settings:
+    """Settings with defaults filled in from the machine."""
+    if device == "auto":
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Settings(
+        ram=ram or default_ram(), workers=workers or default_workers(), vram=vram, device=device, overwrite=overwrite, on_event=on_event
+    )

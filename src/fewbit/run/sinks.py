@@ -1,0 +1,208 @@
+"""Sinks: where finished tensors go, one per output, with the journal that remembers them.
+
+A sink knows the container (a folder of safetensors, a GGUF file) so that the engine does not. Data is written first, then made
+durable, then journalled: a job in the journal is on the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fewbit.base.errors import QualityError
+from fewbit.base.record import readable_json
+from fewbit.formats.table import format_named
+from fewbit.num.qtensor import QTensor
+from fewbit.plan.jobs import Job, Output
+from fewbit.plan.resources import COPY_BUFFER
+from fewbit.run.journal import Journal
+from fewbit.run.source import Source
+from fewbit.solve.table import Solved
+from fewbit.store.checkpoint import open_checkpoint
+from fewbit.store.layout import lay_out
+from fewbit.store.tensors import as_bytes
+from fewbit.store.writer import ShardWriter
+
+SYNC_EVERY = 2.0  # seconds between journal entries reaching the disk; a crash loses at most this much work
+
+
+class Sink(Protocol):
+    """Takes the finished tensors of one output."""
+
+    def open_journal(self, identity: dict[str, Any]) -> None: ...
+
+    def is_done(self, job: Job) -> bool: ...
+
+    def done(self, job: Job) -> dict[str, Any]: ...
+
+    def put(self, job: Job, solved: Solved) -> None: ...
+
+    def copy(self, job: Job, source: Source) -> None: ...
+
+    def finish(self, record: dict[str, Any]) -> Path: ...
+
+    def close(self) -> None: ...
+
+
+# container -> "module:class" taking (output, source, out, overwrite, shard_bytes)
+SINKS: dict[str, str] = {
+    "safetensors": "fewbit.run.sinks:SafetensorsSink",
+    "gguf": "fewbit.run.gguf_sink:GgufSink",
+}
+
+
+def open_sink(output: Output, source: Source, out: Path, overwrite: bool, shard_bytes: int) -> Sink:
+    """The sink of an output, ready to write (or to go on writing what an interrupted run left)."""
+    module, _, name = SINKS[format_named(output.format).container].partition(":")
+    return getattr(importlib.import_module(module), name)(output, source, out, overwrite, shard_bytes)
+
+
+class Ledger:
+    """Journal entries that wait for their data to reach the disk; flushed together every few seconds."""
+
+    def __init__(self, path: Path, identity: dict[str, Any], sync: Callable[[], None]) -> None:
+        self._journal = Journal(path, identity)
+        self._sync = sync
+        self._waiting: list[tuple[str, dict[str, Any]]] = []
+        self._entries: dict[str, dict[str, Any]] = dict(self._journal.done)
+        self._lock = threading.Lock()
+        self._flushed = time.monotonic()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    def entry(self, key: str) -> dict[str, Any]:
+        return self._entries.get(key, {})
+
+    @property
+    def notes(self) -> dict[str, dict[str, Any]]:
+        return self._journal.notes
+
+    def note(self, key: str, line: dict[str, Any]) -> None:
+        self._journal.note(key, line)
+
+    def add(self, key: str, line: dict[str, Any]) -> None:
+        """Notes a finished job; it counts as done for this process at once, for a later one after the next flush."""
+        with self._lock:
+            self._entries[key] = line
+            self._waiting.append((key, line))
+            due = time.monotonic() - self._flushed >= SYNC_EVERY
+        if due:
+            self.flush()
+
+    def flush(self) -> None:
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+            self._flushed = time.monotonic()
+        if waiting:
+            self._sync()
+            for key, line in waiting:
+                self._journal.record(key, line)
+
+    def close(self) -> None:
+        self.flush()
+        self._journal.close()
+
+
+class SafetensorsSink:
+    """An output folder of safetensors shards."""
+
+    def __init__(self, output: Output, source: Source, out: Path, overwrite: bool, shard_bytes: int) -> None:
+        self.output, self.source, self.format = output, source, format_named(output.format)
+        parts = [(name, *spec) for job in output.jobs for name, spec in job.writes.items()]
+        self.layout = lay_out(parts, max_shard_bytes=shard_bytes)
+        self.writer = ShardWriter(out, self.layout, overwrite=overwrite, sources=[source.root])
+        self.ledger: Ledger | None = None
+
+    def open_journal(self, identity: dict[str, Any]) -> None:
+        self.ledger = Ledger(self.writer.scratch / "journal.jsonl", identity, self.writer.sync)
+
+    @property
+    def _ledger(self) -> Ledger:
+        assert self.ledger is not None, "open_journal comes first"
+        return self.ledger
+
+    def is_done(self, job: Job) -> bool:
+        """Whether an earlier run wrote this job; what it wrote is read back and compared with the journal's hashes."""
+        if job.target not in self._ledger:
+            return False
+        hashes = self._ledger.entry(job.target).get("sha256", {})
+        return set(hashes) == set(job.writes) and all(self.writer.hash_tensor(name) == value for name, value in hashes.items())
+
+    def done(self, job: Job) -> dict[str, Any]:
+        return self._ledger.entry(job.target)
+
+    def put(self, job: Job, solved: Solved) -> None:
+        hashes = {}
+        for name, tensor in self.encode(job, solved.q).items():
+            self.writer.write(name, tensor)
+            hashes[name] = hashlib.sha256(as_bytes(tensor.contiguous())).hexdigest()
+        self._ledger.add(job.target, {"sha256": hashes, "loss": solved.loss, "notes": list(solved.notes)})
+
+    def encode(self, job: Job, q: QTensor) -> dict[str, torch.Tensor]:
+        """The stored tensors of a job, exactly those that the plan announced."""
+        parts = self.format.encode(job.target, q)
+        if set(parts) != set(job.writes):
+            raise QualityError("FB-E0412", f"{self.format.name} made {sorted(parts)}, planned were {sorted(job.writes)}", tensor=job.target)
+        return parts
+
+    def copy(self, job: Job, source: Source) -> None:
+        """Copies a kept tensor, through a buffer of bounded size where it lies as it will."""
+        info = source.manifest[job.name]
+        ((name, (dtype, shape)),) = job.writes.items()
+        state = hashlib.sha256()
+        rows = max(1, shape[0]) if shape else 1
+        step = rows if info.nbytes <= COPY_BUFFER or not shape else max(1, rows * COPY_BUFFER // info.nbytes)
+        at = 0
+        for start in range(0, rows, step):
+            part = source.read(job.name) if step >= rows else source.read_rows(job.name, start, min(rows, start + step))
+            view = as_bytes(_cast(part, dtype).contiguous())
+            self.writer.write_at(name, at, view)
+            state.update(view)
+            at += len(view)
+        self._ledger.add(job.target, {"sha256": {name: state.hexdigest()}, "loss": None, "notes": []})
+
+    def finish(self, record: dict[str, Any]) -> Path:
+        self._ledger.close()
+        self.ledger = None
+        small = {"config.json": readable_json(self.output.config).encode()}
+        small |= {name: readable_json(data).encode() for name, data in self.output.small_files.items()}
+        copies = [path for path in self.source.checkpoint.aux_files if path.name not in small]
+        facts = {**record, "target": self.output.target, "format": self.output.format}
+        facts["schemes"] = {job.target: str(job.scheme) for job in self.output.quantised}
+        place = self.writer.finish(small, copies, facts)
+        audit(self.output, place)
+        return place
+
+    def close(self) -> None:
+        if self.ledger is not None:
+            self.ledger.close()
+            self.ledger = None
+        self.writer.close()
+
+
+def _cast(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """A decoded tensor in the dtype that the plan promised (a kept tensor of a quantised source)."""
+    wanted = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(dtype)
+    return tensor.to(wanted) if wanted is not None and tensor.dtype != wanted and tensor.is_floating_point() else tensor
+
+
+def audit(output: Output, place: Path) -> None:
+    """Opens what was written and compares every tensor with the plan.
+
+    Raises:
+        QualityError: FB-E0412 naming the first tensor that is missing, extra, or of another dtype, shape or size.
+    """
+    planned = {name: spec for job in output.jobs for name, spec in job.writes.items()}
+    with open_checkpoint(place) as written:
+        found = {name: (info.dtype, info.shape) for name, info in written.manifest.items()}
+    for name in planned.keys() | found.keys():
+        if planned.get(name) != found.get(name):
+            raise QualityError("FB-E0412", f"planned {planned.get(name)}, written {found.get(name)}", tensor=name, file=place)
