@@ -270,6 +270,10 @@ BNB_FP4 = Codebook(
 IQ4 = Codebook("iq4", (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0))
 TERNARY = Codebook("ternary", (-1.0, 0.0, 1.0))
 TERNARY_DENSE = Codebook("ternary-dense", (-1.0, 0.0, 1.0), Fraction(13, 8))  # TQ1_0: 256 trits in 52 bytes
+TERNARY_WIDE = Codebook("ternary-wide", (-1.0, 0.0, 1.0, 2.0))  # what ggml reads from TQ2_0 when a foreign file holds the fourth pattern
+ODD3 = Codebook("odd3", tuple(2.0 * code + 1 for code in range(8)))  # block scales of ggml's i-quants
+ODD4 = Codebook("odd4", tuple(2.0 * code + 1 for code in range(16)))
+IQ1_SHIFT = Codebook("iq1shift", (-0.125, 0.125))  # IQ1_S: one bit per block moves its levels up or down
 
 
 def bnb_dynamic_levels() -> tuple[float, ...]:
@@ -289,7 +293,7 @@ NAMED_GRIDS: dict[str, Grid] = {
     grid.name: grid
     for grid in (
         F32, F16, BF16, E4M3, E5M2, E2M1, E3M2, E2M3, E8M0, UE4M3,
-        NF4, BNB_FP4, BNB_DYNAMIC8, IQ4, TERNARY, TERNARY_DENSE,
+        NF4, BNB_FP4, BNB_DYNAMIC8, IQ4, TERNARY, TERNARY_DENSE, TERNARY_WIDE, ODD3, ODD4, IQ1_SHIFT,
     )
 }  # fmt: skip
 NAMED_GRIDS |= {grid.name: grid for bits in range(1, 9) for grid in (IntGrid(bits, True), IntGrid(bits, False))}

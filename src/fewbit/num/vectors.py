@@ -1,4 +1,4 @@
-"""The vector grids that schemes can name: one row each."""
+"""The vector grids that schemes can name: one row each. Their tables are read at first use (see `tables.py`)."""
 
 from __future__ import annotations
 
@@ -14,5 +14,6 @@ VECTOR_GRIDS: dict[str, VectorGrid] = {
         VectorGrid("iq3xxs", dim=8, index_bits=8, sign_bits=7, parts=2),
         VectorGrid("iq3s", dim=8, index_bits=9, sign_bits=8, parts=2),
         VectorGrid("iq1", dim=8, index_bits=11, sign_bits=0),
+        VectorGrid("iq1m", dim=8, index_bits=12, sign_bits=0),  # the top index bit takes 1/8 away instead of adding it
     )
 }

@@ -1,0 +1,1 @@
+"""GGUF: block types and their codecs, names, recipes, conversion."""

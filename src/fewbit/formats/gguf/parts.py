@@ -1,0 +1,58 @@
+"""What codecs are made of: the parts of a block, and planes of bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+Parts = dict[str, np.ndarray]
+"""Name as in `QTensor.named_parts` -> entries [blocks, entries per block]: codes, scale.codes, scale.scale …"""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """pack: parts -> uint8 [blocks, bytes]; unpack: uint8 [blocks, bytes] -> parts."""
+
+    pack: Callable[[Parts], np.ndarray]
+    unpack: Callable[[np.ndarray], Parts]
+
+
+def pack_planes(codes: np.ndarray, bits: int, width: int) -> np.ndarray:
+    """Lay codes over each other: of 8 / bits runs of `width` codes, the first takes the low bits of `width` bytes, and so on.
+
+    codes: uint8 [blocks, n], n a multiple of width * 8 / bits; each code has at most `bits` bits. Returns uint8 [blocks, n * bits / 8].
+    """
+    planes = codes.reshape(len(codes), -1, 8 // bits, width)
+    packed = planes[:, :, 0].copy()
+    for plane in range(1, 8 // bits):
+        packed |= planes[:, :, plane] << np.uint8(bits * plane)
+    return packed.reshape(len(codes), codes.shape[1] * bits // 8)
+
+
+def unpack_planes(packed: np.ndarray, bits: int, width: int) -> np.ndarray:
+    """Inverse of `pack_planes`: uint8 [blocks, m] -> uint8 [blocks, m * 8 / bits]."""
+    runs = packed.reshape(len(packed), -1, 1, width)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape(1, 1, -1, 1)
+    return ((runs >> shifts) & np.uint8((1 << bits) - 1)).reshape(len(packed), packed.shape[1] * 8 // bits)
+
+
+def as_bytes(entries: np.ndarray) -> np.ndarray:
+    """[blocks, n] of any dtype -> uint8 [blocks, n * itemsize], little-endian."""
+    return np.ascontiguousarray(entries).view(np.uint8).reshape(len(entries), entries.shape[1] * entries.dtype.itemsize)
+
+
+def as_dtype(data: np.ndarray, dtype: str) -> np.ndarray:
+    """Bytes uint8 [blocks, n] -> [blocks, n / itemsize] of a little-endian dtype."""
+    return np.ascontiguousarray(data).view(dtype).reshape(len(data), data.shape[1] // np.dtype(dtype).itemsize)
+
+
+def join(*fields: np.ndarray) -> np.ndarray:
+    """The fields of a block one after another, uint8 [blocks, bytes]."""
+    return np.concatenate([as_bytes(field) for field in fields], axis=1)
+
+
+def split(blocks: np.ndarray, *sizes: int) -> list[np.ndarray]:
+    """The inverse of `join`: fields of these sizes in bytes."""
+    return np.split(blocks, np.cumsum(sizes)[:-1], axis=1)
