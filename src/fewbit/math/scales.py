@@ -1,0 +1,201 @@
+"""Fit and snap: the two functions that every solver is written against.
+
+`fit` chooses the parameters (scale and shifts, in stored form) of every block of a tensor under any scheme; `snap` finds the
+nearest codes given parameters. Schemes whose scale is itself quantised are fitted from the outside in: ideal scales first, then the
+scales' own scheme by the same two functions, then the inner codes once more, now that the outer scale is fixed. Codes are always chosen
+against the parameters as they are stored, never against the ideal ones.
+
+Families with a better or faster fit bring their own: one file and one row in `FITTERS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from fewbit.base.errors import InputError
+from fewbit.math.nested import fit_nested
+from fewbit.math.rounding import nearest, pack_leaf, store
+from fewbit.math.search import Params, Search, Target, choose, units
+from fewbit.math.tiles import chunks, require_finite
+from fewbit.num.blocks import EACH
+from fewbit.num.grid import FloatGrid, VectorGrid
+from fewbit.num.qtensor import QTensor, code_dtype, expand, values_of
+from fewbit.num.scheme import Scheme
+
+__all__ = ["FITTERS", "Params", "Search", "assemble", "effective", "fit", "quantize", "snap"]
+
+
+DEFAULT_SEARCH = Search()
+Fitter = Callable[[Scheme, torch.Tensor, torch.Tensor | None, Search], Params]
+
+# (accepts(scheme) -> bool, "module:function" of a fit with the signature of `fit`); the first row that accepts is used
+FITTERS: list[tuple[Callable[[Scheme], bool], str]] = []
+
+
+def fit(
+    scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None = None, search: Search = DEFAULT_SEARCH
+) -> Params:
+    """Choose the parameters of every block.
+
+    Args:
+        scheme: any scheme with scalar codes, or one that a row of `FITTERS` accepts.
+        w: floating [*batch, rows, cols], finite; any range of columns that is a whole number of spans.
+        importance: float32 [cols], [rows, cols] or [*batch, rows, cols], >= 0: weight of each squared error.
+        search: how hard to look.
+
+    Returns:
+        Parameters that storage can represent.
+
+    Raises:
+        InputError: FB-E0702 for non-finite weights, FB-E0701 for unsuitable importance, FB-E0601 for vector codes without a fitter.
+    """
+    require_finite(w)
+    for accepts, where in FITTERS:
+        if accepts(scheme):
+            module, _, name = where.partition(":")
+            return getattr(importlib.import_module(module), name)(scheme, w, importance, search)
+    return fit_plain(scheme, w, importance, search)
+
+
+def fit_plain(
+    scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None = None, search: Search = DEFAULT_SEARCH
+) -> Params:
+    """`fit` by plain torch alone, for every scheme: the reference for the fast paths."""
+    if scheme.is_leaf:
+        return Params()
+    if isinstance(scheme.grid, VectorGrid):
+        raise InputError("FB-E0601", f"no fitter knows how to choose scales for the vector codes of {scheme}")
+    if any(part.blocks != EACH for _, part in scheme.parts() if part.is_leaf):
+        return _fit_shared(scheme, w, importance, search)
+    if all(part.is_leaf for _, part in scheme.parts()):
+        return _fit_direct(scheme, w, importance, search)
+    return fit_nested(scheme, w, importance, search, quantize=quantize)
+
+
+def snap(scheme: Scheme, w: torch.Tensor, params: Params, importance: torch.Tensor | None = None) -> torch.Tensor:
+    """The nearest codes under given parameters.
+
+    Args:
+        scheme, w: as for `fit`.
+        params: parameters as `fit` returns them.
+        importance: only vector codes use it.
+
+    Returns:
+        Codes [*batch, rows, cols / grid.dim] of `code_dtype(scheme.grid)`.
+    """
+    grid, shape = scheme.grid, tuple(w.shape)
+    if scheme.is_leaf:
+        return _snap_leaf(scheme, w)
+    tiling = scheme.blocks.resolve(shape)
+    arrays = [_block_array(scheme, params, name, shape) for name in ("scale", "code_shift", "value_shift")]
+    codes = torch.empty(_codes_view(scheme, shape), dtype=code_dtype(grid), device=w.device)
+    rows = codes.view(-1, tiling.rows, codes.shape[-1])
+    for chunk in chunks(w, importance, scheme.blocks):
+        scale, z, v = (None if a is None else chunk.take(a) for a in arrays)
+        triple = (torch.ones_like(chunk.x[:1, :1, :1, :1]) if scale is None else scale, z, v)
+        found = nearest(grid, units(chunk.x, triple), chunk.h if grid.dim > 1 else None)
+        b, r0, _, c0, _ = chunk.index
+        r, c = r0 * tiling.block_rows, c0 * tiling.block_cols // grid.dim
+        part = found.reshape(found.shape[0] * found.shape[1], -1)[: chunk.extent[0], : chunk.extent[1] // grid.dim]
+        rows[b, r : r + part.shape[0], c : c + part.shape[1]] = part
+    return codes.view(*shape[:-1], shape[-1] // grid.dim) if shape else codes.view(())
+
+
+def assemble(scheme: Scheme, shape: tuple[int, ...], codes: torch.Tensor, params: Params) -> QTensor:
+    """The quantised tensor made of codes and parameters."""
+    return QTensor(scheme, tuple(shape), codes, params.scale, params.code_shift, params.value_shift)
+
+
+def quantize(
+    scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None = None, search: Search = DEFAULT_SEARCH
+) -> QTensor:
+    """`fit`, then `snap`; same arguments and errors as `fit`."""
+    params = fit(scheme, w, importance, search)
+    return assemble(scheme, tuple(w.shape), snap(scheme, w, params, importance), params)
+
+
+def effective(scheme: Scheme, params: Params, shape: tuple[int, ...]) -> tuple[torch.Tensor | None, ...]:
+    """(scale, code_shift, value_shift) as float32, broadcast to the weights; None for what the scheme has not."""
+    found = []
+    for name in ("scale", "code_shift", "value_shift"):
+        array = _block_array(scheme, params, name, shape)
+        found.append(None if array is None else expand(array, scheme, shape).reshape(shape))
+    return tuple(found)
+
+
+def _fit_direct(scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None, search: Search) -> Params:
+    """All parts are stored directly, one entry per block."""
+    target = direct_target(scheme)
+    counts = scheme.block_counts(tuple(w.shape))
+    arrays = {name: torch.empty(counts, dtype=torch.float32, device=w.device) for name, _ in scheme.parts()}
+    views = {name: array.view(-1, *counts[-2:]) for name, array in arrays.items()}
+    for chunk in chunks(w, importance, scheme.blocks):
+        for name, values in zip(("scale", "code_shift", "value_shift"), choose(target, chunk, search), strict=True):
+            if name in views and values is not None:
+                chunk.put(views[name], values)
+    return Params(**{name: pack_leaf(part.grid, arrays[name]) for name, part in scheme.parts()})
+
+
+def direct_target(scheme: Scheme) -> Target:
+    """What the parameters may be when all are stored directly."""
+    grids = {name: part.grid for name, part in scheme.parts()}
+    scale = grids.get("scale")
+    return Target(
+        scheme.grid,
+        scale,
+        grids.get("code_shift"),
+        grids.get("value_shift"),
+        isinstance(scale, FloatGrid) and scale.signed and scale.exponent >= 5,
+    )
+
+
+def _fit_shared(scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None, search: Search) -> Params:
+    """Some leaf has fewer entries than blocks (one mean for all blocks): shifts first, by their mean, then the rest around them."""
+    part = scheme.value_shift
+    if part is None or part.blocks == EACH:
+        raise InputError("FB-E0601", f"only a value shift can be shared by several blocks, not as in {scheme}")
+    counts = scheme.block_counts(tuple(w.shape))
+    shared = part.blocks.resolve(counts)
+    means = w.float().mean().expand(shared.grid) if shared.grid == (1,) * len(shared.grid) else None
+    if means is None:
+        raise InputError("FB-E0601", f"a shared value shift has one entry for the whole tensor, not as in {scheme}")
+    shift = store(part.grid, means.contiguous())
+    rest = fit(replace(scheme, value_shift=None), w.float() - shift.reshape(()), importance, search)
+    return replace(rest, value_shift=pack_leaf(part.grid, shift))
+
+
+def _block_array(scheme: Scheme, params: Params, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """A part as float32 with one entry per block, [batch, block rows, block cols]."""
+    part, stored = getattr(scheme, name), getattr(params, name)
+    if part is None or stored is None:
+        return None
+    counts = scheme.block_counts(shape)
+    values = values_of(stored)
+    if part.is_leaf:
+        values = expand(values, part, counts)
+    return values.reshape(-1, *counts[-2:])
+
+
+def _codes_view(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, ...]:
+    view = scheme.blocks.resolve(shape).view
+    if view[-1] % scheme.grid.dim:
+        raise InputError(
+            "FB-E0602", f"{scheme.grid.name} codes {scheme.grid.dim} weights at once, got rows of {view[-1]}"
+        )
+    return (*view[:-1], view[-1] // scheme.grid.dim)
+
+
+def _snap_leaf(scheme: Scheme, w: torch.Tensor) -> torch.Tensor:
+    """Levels stored directly: per entry, or the mean of each block."""
+    require_finite(w)
+    if scheme.blocks == EACH:
+        return nearest(scheme.grid, w.float())
+    sums = torch.empty(scheme.block_counts(tuple(w.shape)), dtype=torch.float32, device=w.device)
+    for chunk in chunks(w, torch.ones(w.shape[-1], device=w.device) if w.ndim else None, scheme.blocks):
+        weight = chunk.total(lambda x, h: h.expand(x.shape))
+        chunk.put(sums.view(-1, *sums.shape[-2:]), chunk.total(lambda x, h: h * x) / weight)
+    return nearest(scheme.grid, sums)

@@ -1,0 +1,280 @@
+"""Choosing scale and shift of one set of blocks whose parameters are stored directly.
+
+    w ~ (level - z) s + v          z: code_shift, v: value_shift; a scheme has at most one of the two
+
+`absmax` puts the extremes of a block on the ends of the grid. `percentile` does so after leaving out a fraction of the largest
+weights. `mse` tries a ladder of tighter ranges and keeps the one with the least weighted squared error. `lsq` adds, for each of
+them, the closed-form least-squares scale (and shift) for the codes that the range gives: the error is quadratic in (s, v) once the codes
+are fixed. Errors are always those of the *stored*, rounded parameters, and the plain range is always among the candidates, so a search is
+never worse than no search.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fewbit.math.rounding import round_levels, store, store_scale
+from fewbit.math.tiles import Chunk
+from fewbit.num.grid import Codebook, FloatGrid, Grid, IntGrid
+from fewbit.num.qtensor import QTensor
+
+Method = Literal["absmax", "minmax", "percentile", "mse", "lsq"]
+
+
+@dataclass(frozen=True)
+class Search:
+    """How to choose scales.
+
+    Attributes:
+        method: absmax (on a scheme with shifts the same as minmax), percentile, mse or lsq.
+        steps: ranges tried by mse and lsq.
+        percentile: per cent of the weights of a block that stay inside the range.
+        rounds: least-squares passes after the best candidate, and passes over nested scales.
+    """
+
+    method: Method = "lsq"
+    steps: int = 20
+    percentile: float = 99.5
+    rounds: int = 2
+
+    @property
+    def searches(self) -> bool:
+        return self.method in ("mse", "lsq")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the parameters of a block may be.
+
+    Attributes:
+        grid: grid of the codes.
+        scale: grid that stores the scale, or None when the scale is 1.
+        code_shift, value_shift: grids that store the shifts, or None.
+        negative: whether a scale may be negative.
+        shift_down: whether the value shift may only be <= 0 (unsigned codes under one signed super-scale).
+    """
+
+    grid: Grid
+    scale: Grid | None
+    code_shift: Grid | None = None
+    value_shift: Grid | None = None
+    negative: bool = False
+    shift_down: bool = False
+
+
+@dataclass(frozen=True)
+class Params:
+    """Stored parameters of a tensor: plain tensors for leaf schemes, QTensors for nested ones, None where there are none."""
+
+    scale: torch.Tensor | QTensor | None = None
+    code_shift: torch.Tensor | QTensor | None = None
+    value_shift: torch.Tensor | QTensor | None = None
+
+
+Triple = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+"""scale, code_shift, value_shift, each float32 [n, 1, m, 1], representable in storage."""
+
+
+def choose(target: Target, chunk: Chunk, search: Search) -> Triple:
+    """Stored parameters for every block of a chunk."""
+    low, high = percentile_range(chunk, search.percentile) if search.method == "percentile" else chunk.extremes()
+    best = from_range(target, low, high)
+    if not search.searches:
+        return best
+    error = error_of(target, chunk, best)
+    for candidate in candidates(target, chunk, low, high, search):
+        best, error = _keep_better(target, chunk, candidate, best, error)
+        if search.method == "lsq":
+            best, error = _keep_better(target, chunk, least_squares(target, chunk, candidate), best, error)
+    if search.method == "lsq":
+        for _ in range(search.rounds):
+            best, error = _keep_better(target, chunk, least_squares(target, chunk, best), best, error)
+    return best
+
+
+def candidates(target: Target, chunk: Chunk, low: torch.Tensor, high: torch.Tensor, search: Search) -> list[Triple]:
+    """Parameters from tighter (and slightly wider) ranges, and with the lopsided end of the grid on either side."""
+    found = []
+    ratios = torch.linspace(_tightest(target.grid), 1.05, search.steps).tolist()
+    if target.code_shift is None and target.value_shift is None:
+        for reach in _reaches(target):
+            extreme = torch.maximum(low.abs(), high.abs()) if reach is None else torch.where(high > -low, high, low)
+            for ratio in ratios:
+                scale = extreme * (ratio / (_reach(target.grid) if reach is None else reach))
+                found.append((_scale(target, scale, extreme), None, None))
+        return found
+    middle, half = (low + high) / 2, (high - low) / 2
+    for ratio in ratios:
+        triple = from_range(target, middle - half * ratio, middle + half * ratio)
+        found.append(triple)
+        if isinstance(target.code_shift, IntGrid) and int(target.grid.bits) <= 4:
+            scale, shift, _ = triple
+            found += [(scale, store(target.code_shift, shift + step), None) for step in (-1.0, 1.0)]
+    return found
+
+
+def from_range(target: Target, low: torch.Tensor, high: torch.Tensor) -> Triple:
+    """The parameters that put `low` and `high` on the ends of the grid (for a symmetric scheme: the larger of them)."""
+    grid = target.grid
+    if target.code_shift is None and target.value_shift is None:
+        extreme = torch.maximum(low.abs(), high.abs())
+        if _one_sided(grid) and target.negative:
+            outer = 1.0 if grid.high > 0 else -1.0
+            extreme = torch.where(high >= -low, high, low) * outer
+        return _scale(target, extreme / _reach(grid), extreme), None, None
+    levels = float(grid.high - grid.low)
+    if target.value_shift is not None:
+        return _from_range_min(target, low, high, levels)
+    if isinstance(target.code_shift, IntGrid):
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    else:  # a float zero point of limited precision must not have to be huge
+        slack = (torch.maximum(low.abs(), high.abs()) / 64 - (high - low)).clamp(min=0) / 2
+        low, high = low - slack, high + slack
+    scale = _scale(target, high / levels - low / levels, high - low)
+    shift = torch.where(scale == 0, 0, grid.low - low / torch.where(scale == 0, 1, scale))
+    return scale, store(target.code_shift, shift), None
+
+
+def _from_range_min(target: Target, low: torch.Tensor, high: torch.Tensor, levels: float) -> Triple:
+    if target.shift_down:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    span = high / levels - low / levels
+    scale = _scale(target, span, span)
+    # the scale that is really stored may be larger: the shift is taken for the lowest level as stored
+    shift = low - target.grid.low * scale
+    return scale, None, store(target.value_shift, shift)
+
+
+def least_squares(target: Target, chunk: Chunk, triple: Triple) -> Triple:
+    """The scale (and value shift) that fit best the codes which `triple` gives, rounded to storage."""
+    if target.scale is None:
+        return triple
+    scale, z, v = triple
+
+    def levels(x: torch.Tensor) -> torch.Tensor:
+        out = round_levels(target.grid, units(x, triple))
+        return out if z is None else out - z
+
+    def weigh(h: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
+        return y if h is None else h * y
+
+    ll = chunk.total(lambda x, h: weigh(h, levels(x).square_()))
+    lx = chunk.total(lambda x, h: weigh(h, levels(x).mul_(x)))
+    if v is None:
+        fitted = torch.where(ll > 0, lx / torch.where(ll > 0, ll, 1), scale)
+        return _scale(target, fitted, scale, keep=scale), z, None
+    l1 = chunk.total(lambda x, h: weigh(h, levels(x)))
+    x1 = chunk.total(lambda x, h: weigh(h, x))
+    h1 = chunk.total(lambda x, h: torch.ones_like(x) if h is None else h.expand(x.shape))
+    ll, lx, l1, x1, h1 = (t.double() for t in (ll, lx, l1, x1, h1))
+    det = h1 * ll - l1 * l1
+    good = det > 1e-12 * h1 * ll
+    safe = torch.where(good, det, 1)
+    fitted = torch.where(good, (h1 * lx - l1 * x1) / safe, scale.double())
+    shift = torch.where(h1 > 0, (x1 - fitted * l1) / torch.where(h1 > 0, h1, 1), v.double())
+    if target.shift_down:
+        shift = shift.clamp(max=0)
+        alone = torch.where(ll > 0, lx / torch.where(ll > 0, ll, 1), fitted)  # with the shift held at 0
+        fitted = torch.where(shift == 0, alone, fitted)
+    new = _scale(target, fitted.float(), scale, keep=scale)
+    return new, None, store(target.value_shift, shift.float())
+
+
+def units(x: torch.Tensor, triple: Triple) -> torch.Tensor:
+    """Weights in units of levels: (x - v) / s + z, and z where the scale is zero."""
+    scale, z, v = triple
+    out = x if v is None else x - v
+    out = torch.where(scale == 0, 0, out / torch.where(scale == 0, 1, scale))
+    return out if z is None else out + z
+
+
+def decode(levels: torch.Tensor, triple: Triple) -> torch.Tensor:
+    """(level - z) s + v, in the order of operations of `QTensor.dequantize`."""
+    scale, z, v = triple
+    out = (levels if z is None else levels - z) * scale
+    return out if v is None else out + v
+
+
+def error_of(target: Target, chunk: Chunk, triple: Triple) -> torch.Tensor:
+    """Weighted squared error of each block, [n, 1, m, 1]."""
+
+    def squared(x: torch.Tensor, h: torch.Tensor | None) -> torch.Tensor:
+        miss = (decode(round_levels(target.grid, units(x, triple)), triple) - x).square_()
+        return miss if h is None else miss.mul_(h)
+
+    return chunk.total(squared)
+
+
+def _keep_better(
+    target: Target, chunk: Chunk, new: Triple, best: Triple, error: torch.Tensor
+) -> tuple[Triple, torch.Tensor]:
+    new_error = error_of(target, chunk, new)
+    better = new_error < error
+    merged = tuple(
+        old if old is None else torch.where(better, fresh, old) for fresh, old in zip(new, best, strict=True)
+    )
+    return merged, torch.where(better, new_error, error)
+
+
+def percentile_range(chunk: Chunk, percent: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The range that keeps `percent` of the weights of each block, cutting both tails alike."""
+    n, br, m, bc = chunk.x.shape
+    rows = chunk.x.permute(0, 2, 1, 3).reshape(n, m, br * bc).sort(dim=-1).values
+    cut = int((1 - percent / 100) / 2 * (br * bc))
+    return rows[..., cut][:, None, :, None], rows[..., br * bc - 1 - cut][:, None, :, None]
+
+
+def canonical_scale(grid: Grid, scale: Grid) -> float:
+    """The scale of an all-zero block: 1, or 0 where the codes have no exact zero."""
+    return (
+        1.0
+        if 0.0 in grid.levels().tolist()
+        else max(0.0, float(scale.low) if isinstance(scale, FloatGrid) and not scale.signed else 0.0)
+    )
+
+
+def _scale(target: Target, value: torch.Tensor, extent: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """A scale as it is stored; blocks without extent get the canonical one, forbidden or zero values fall back on `keep`."""
+    if target.scale is None:
+        return torch.ones_like(value)
+    value = torch.where((extent != 0) & (value == 0), torch.finfo(torch.float32).tiny, value)
+    if isinstance(target.scale, FloatGrid) and target.scale.mantissa == 0 and keep is None:
+        value = (
+            value.abs().log2().sub(1e-6).ceil().exp2()
+        )  # bare exponents: the next power of two, so that nothing clips
+    stored = store_scale(target.scale, value)
+    if not target.negative:
+        stored = stored.abs() if keep is None else torch.where(stored > 0, stored, keep)
+    return torch.where(extent == 0, canonical_scale(target.grid, target.scale), stored)
+
+
+def _one_sided(grid: Grid) -> bool:
+    return grid.low >= 0 or grid.high <= 0
+
+
+def _reach(grid: Grid) -> float:
+    """The level that the largest magnitude of a block is put on by the plain range."""
+    if isinstance(grid, IntGrid):
+        return float(grid.high or -grid.low)
+    return float(max(abs(grid.low), abs(grid.high)))
+
+
+def _reaches(target: Target) -> tuple[float | None, ...]:
+    """Ends of the grid to search from: None for the plain range, else the level that the signed extreme maps to."""
+    grid = target.grid
+    if grid.low == -grid.high or not target.negative or (isinstance(grid, IntGrid) and grid.bits > 6 and grid.low < 0):
+        return (None,)
+    ends = [float(end) for end in (grid.low, grid.high) if end]
+    return tuple(ends)
+
+
+def _tightest(grid: Grid) -> float:
+    """Smallest range worth trying, as a fraction of the full one: the fewer levels the tighter."""
+    if isinstance(grid, IntGrid):
+        return {1: 0.15, 2: 0.25, 3: 0.4, 4: 0.5, 5: 0.6, 6: 0.7, 7: 0.8, 8: 0.85}[grid.bits]
+    if isinstance(grid, Codebook):
+        return 0.5 if len(grid.table) > 4 else 0.25
+    return 0.5

@@ -1,0 +1,35 @@
+"""Round to nearest, with scale search.
+
+The scales come from `fit` (plain range, percentile, clip search or importance-weighted least squares), every weight takes the nearest
+code. Works without calibration; where the mean squares of the inputs are known they weigh the errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fewbit.math.metrics import weighted_error
+from fewbit.math.scales import Search, quantize
+from fewbit.math.stats import Stats
+from fewbit.num.scheme import Scheme
+from fewbit.solve.table import Solved, Solver
+
+
+def solve(w: torch.Tensor, stats: Stats | None, scheme: Scheme, *, seed: int, options: Mapping[str, Any]) -> Solved:
+    """Round `w` [*batch, rows, cols] to nearest under searched scales; `seed` is not used."""
+    importance = stats.importance if stats is not None else None
+    search = Search(method=options["search"], steps=options["steps"], percentile=options["percentile"])
+    q = quantize(scheme.weights_only, w, importance, search)
+    return Solved(q, weighted_error(w, q.dequantize(), importance))
+
+
+SOLVER = Solver(
+    name="rtn",
+    needs=frozenset(),
+    solve=solve,
+    options={"search": "lsq", "steps": Search.steps, "percentile": Search.percentile},
+    summary="round to nearest with scale search (absmax, minmax, percentile, mse, lsq); no calibration needed",
+)

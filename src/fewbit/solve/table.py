@@ -1,0 +1,122 @@
+"""What a solver is, and the hand-written table of all of them.
+
+A solver chooses the codes of one weight under a scheme. It says beforehand which calibration statistics it needs, and
+gives back a `QTensor` with its loss, never floats to be rounded again. It is written against `fit` and `snap`, so it serves every scheme
+alike. Adding one is a file with a `SOLVER` and one row here (see docs/adding_a_solver.md).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from fewbit.base.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fewbit.math.stats import Stats
+    from fewbit.num.qtensor import QTensor
+    from fewbit.num.scheme import Scheme
+
+Need = Literal["importance", "gram", "cross_gram", "absmax", "absmean"]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A solved weight.
+
+    Attributes:
+        q: the quantised tensor.
+        loss: what the solver minimised, summed over the weights: weighted squared error or output error.
+        notes: what was out of the ordinary (damping raised, fallbacks, dead columns), one sentence each.
+    """
+
+    q: QTensor
+    loss: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Solver:
+    """One way to choose codes.
+
+    Attributes:
+        name: as the user types it after `--method`.
+        needs: statistics of the weight's input space that must have been collected.
+        solve: (w [*batch, rows, cols], stats or None, scheme, *, seed, options) -> Solved.
+        options: every option with its default; unknown options are errors.
+        summary: one line for `fewbit methods`.
+    """
+
+    name: str
+    needs: frozenset[str]
+    solve: Callable[..., Solved]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    summary: str = ""
+
+    def __call__(
+        self,
+        w: torch.Tensor,
+        stats: Stats | None,
+        scheme: Scheme,
+        *,
+        seed: int = 0,
+        options: Mapping[str, Any] | None = None,
+    ) -> Solved:
+        """Solve with the given options over the defaults.
+
+        Raises:
+            InputError: FB-E0704 for an unknown option or missing statistics.
+        """
+        return self.solve(w, stats, scheme, seed=seed, options=self.check(stats, options or {}))
+
+    def check(self, stats: Stats | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        """All options, defaults filled in, after checking them and that the statistics needed are there."""
+        unknown = [name for name in options if name not in self.options]
+        if unknown:
+            known = ", ".join(self.options) or "none"
+            raise InputError("FB-E0704", f"{self.name} has no option {unknown[0]!r}; it has {known}")
+        missing = [need for need in sorted(self.needs) if stats is None or getattr(stats, need) is None]
+        if missing:
+            raise InputError("FB-E0704", f"{self.name} needs calibration statistics: {', '.join(missing)}")
+        return {**self.options, **options}
+
+
+class _Table(Mapping[str, Solver]):
+    """Name -> Solver; a row's module is imported when it is asked for."""
+
+    def __init__(self, rows: Mapping[str, str]) -> None:
+        self._rows = rows
+
+    def __getitem__(self, name: str) -> Solver:
+        module, _, attribute = self._rows[name].partition(":")
+        return getattr(importlib.import_module(module), attribute or "SOLVER")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+# name -> module (or module:attribute) that defines the Solver
+SOLVERS: Mapping[str, Solver] = _Table(
+    {
+        "rtn": "fewbit.solve.rtn",
+        "hqq": "fewbit.solve.hqq",
+    }
+)
+
+
+def solver_named(name: str) -> Solver:
+    """A solver by name.
+
+    Raises:
+        InputError: FB-E0704 with the names that exist.
+    """
+    if name not in SOLVERS:
+        raise InputError("FB-E0704", f"no method is called {name!r}; there are {', '.join(SOLVERS)}")
+    return SOLVERS[name]
