@@ -94,10 +94,12 @@ class Format:
     conform: Callable[[Scheme, str], Scheme] = lambda scheme, dtype: scheme
 
 
-# name -> module that defines FORMAT; the order is the order of detection and of `fewbit formats`
+# name -> module that defines FORMAT (or module:NAME of the row); the order is the order of detection and of `fewbit formats`
 _ROWS: dict[str, str] = {
     "compressed-tensors": "fewbit.formats.compressed",
     "dense": "fewbit.formats.dense",
+    "dense-f16": "fewbit.formats.dense:F16",
+    "dense-f32": "fewbit.formats.dense:F32",
 }
 
 
@@ -114,7 +116,8 @@ def format_named(name: str) -> Format:
     """
     if name not in _ROWS:
         raise InputError("FB-E0604", f"no format is called {name!r}; there are {', '.join(_ROWS)}")
-    return importlib.import_module(_ROWS[name]).FORMAT
+    module, _, row = _ROWS[name].partition(":")
+    return getattr(importlib.import_module(module), row or "FORMAT")
 
 
 def detect(config: dict[str, Any], manifest: Manifest) -> tuple[Format, dict[str, Stored]] | None:
