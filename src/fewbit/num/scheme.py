@@ -238,9 +238,11 @@ def _parse_weights(text: str, named: dict[str, Scheme]) -> Scheme:
 
 def spell(scheme: Scheme) -> str:
     """The shortest spelling of a scheme; `parse_scheme(spell(s)) == s`."""
-    named = _preset_names().get(scheme)
-    if named is not None:
-        return named
+    return _preset_names().get(scheme) or long_spelling(scheme)
+
+
+def long_spelling(scheme: Scheme) -> str:
+    """The spelling of a scheme without the name of a preset for the whole of it."""
     if scheme.activation is not None:
         weights = spell(scheme.weights_only)
         inner = spell(scheme.activation).replace("-channel", "-token")

@@ -14,7 +14,6 @@ same sinks: they only come by their `Solved` in another way (see `run.block`).
 
 from __future__ import annotations
 
-import hashlib
 import signal
 import threading
 import time
@@ -64,7 +63,7 @@ class Outcome:
 
     Attributes:
         outputs: final paths, in the order of the plan's outputs.
-        losses: weight name -> relative weighted error, per output target.
+        losses: output target -> weight name -> what the solver minimised (see `Solved.loss`).
         notes: weight name -> what a solver had to say.
         seconds: wall time of this run; resumed: jobs that an earlier run had done.
         peak_bytes: peak of resident memory of the process so far.
@@ -251,11 +250,11 @@ class _Run:
         step, rows = tile_rows(job.scheme, job.shape, job.ops), job.shape[-2] if len(job.shape) > 1 else 1
         if step >= rows:
             weight = read_weight(self.source, job)
-            return self._located(job, lambda: solver.solve(weight, None, job.scheme, seed=seed, options=options))
+            return self._located(job, lambda: solver(weight, None, job.scheme, seed=seed, options=options))
         tiles = []
         for start in range(0, rows, step):
             weight = self.source.read_rows(job.name, start, min(rows, start + step))
-            tiles.append(self._located(job, lambda w=weight: solver.solve(w, None, job.scheme, seed=seed, options=options)))
+            tiles.append(self._located(job, lambda w=weight: solver(w, None, job.scheme, seed=seed, options=options)))
         return join_rows(job.scheme, job.shape, tiles)
 
     def _located(self, job: Job, call: Callable[[], Solved]) -> Solved:
@@ -305,8 +304,7 @@ def read_weight(source: Source, job: Job) -> torch.Tensor:
 def join_rows(scheme: Scheme, shape: tuple[int, ...], tiles: list[Solved]) -> Solved:
     """One answer from the answers for tiles of rows."""
     q = cat_rows(scheme, shape, [tile.q for tile in tiles])
-    weights = [tile.q.codes.numel() for tile in tiles]
-    loss = sum(tile.loss * count for tile, count in zip(tiles, weights, strict=True)) / max(1, sum(weights))
+    loss = sum(tile.loss for tile in tiles)
     notes = tuple(dict.fromkeys(note for tile in tiles for note in tile.notes))
     return replace(tiles[0], q=q, loss=loss, notes=notes)
 
@@ -373,7 +371,3 @@ def peak_rss() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def sha256_of(view: memoryview) -> str:
-    return hashlib.sha256(view).hexdigest()

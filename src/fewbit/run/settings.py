@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -64,3 +66,17 @@ def settings(
     return Settings(
         ram=ram or default_ram(), workers=workers or default_workers(), vram=vram, device=device, overwrite=overwrite, on_event=on_event
     )
+
+
+def room_for(out: Path, nbytes: int) -> int:
+    """Bytes missing on the disk of a folder for `nbytes` more; zero or less when they fit. A partial output counts as room."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    partial = out.absolute().with_name(out.name + ".partial")
+    return nbytes - shutil.disk_usage(place).free - (folder_bytes(partial) if partial.exists() else 0)
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    return path.stat().st_size if path.is_file() else sum(item.stat().st_size for item in path.rglob("*") if item.is_file())

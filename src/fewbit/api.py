@@ -1,0 +1,244 @@
+"""The command line's words in Python.
+
+    import fewbit as fb
+    result = fb.quantize("samples/sample", to="compressed-tensors:int4-g128", out="out")
+    q = fb.quantize_tensor(w, "int4-g128-asym", method="hqq")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewbit.base.errors import InputError, QualityError, Refusals, ResourceError
+from fewbit.base.record import plain
+from fewbit.plan.jobs import Plan
+from fewbit.plan.recipe import Recipe, recipe_from
+from fewbit.plan.resolve import resolve
+from fewbit.plan.resources import budget
+
+if TYPE_CHECKING:
+    import torch
+
+    from fewbit.num.qtensor import QTensor
+    from fewbit.run.source import Source
+
+__all__ = ["Recipe", "Result", "evaluate", "inspect", "open", "plan_quantize", "quantize", "quantize_tensor"]
+
+STRICT_SHARE = 0.05  # share of tensors on which a solver may fall back before --strict fails the run
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `quantize` made.
+
+    Attributes:
+        plan: what was decided.
+        outputs: final paths, one per target.
+        nbytes: bytes of all files of each output.
+        seconds, peak_bytes, resumed: of this run.
+        losses, notes: per output target and weight, from the solvers.
+        verified: per output: findings of `verify`, empty when all is well; None when it did not run.
+    """
+
+    plan: Plan
+    outputs: tuple[Path, ...]
+    nbytes: tuple[int, ...]
+    seconds: float
+    peak_bytes: int
+    resumed: int
+    losses: dict[str, dict[str, float]]
+    notes: dict[str, tuple[str, ...]]
+    verified: tuple[Any, ...] | None = None
+    warnings: tuple[str, ...] = field(default_factory=tuple)
+
+    def record(self) -> dict[str, Any]:
+        """The result as plain data for `--json`: per output its path, bytes, bits per weight and coverage."""
+        outputs = [
+            {
+                "target": output.target,
+                "path": str(path),
+                "bytes": nbytes,
+                "bits_per_weight": output.bits_per_weight,
+                "coverage": output.coverage,
+                "tensors": len(output.jobs),
+                "quantised": len(output.quantised),
+                "losses": self.losses[output.target],
+            }
+            for output, path, nbytes in zip(self.plan.outputs, self.outputs, self.nbytes, strict=True)
+        ]
+        return {
+            "source": self.plan.source,
+            "outputs": outputs,
+            "seconds": round(self.seconds, 3),
+            "peak_bytes": self.peak_bytes,
+            "resumed": self.resumed,
+            "notes": plain(self.notes),
+            "verified": plain(self.verified),
+            "warnings": list(self.warnings),
+        }
+
+
+def open(path: str | Path, *, revision: str | None = None) -> Source:
+    """Opens a checkpoint of any format we read; headers only. See `run.source.Source`."""
+    from fewbit.run.source import open_source
+
+    return open_source(path, revision=revision)
+
+
+def as_recipe(recipe: Recipe | None, fields: dict[str, Any]) -> Recipe:
+    """A recipe given whole, or made from keyword arguments that bear its fields' names."""
+    if recipe is not None and fields:
+        return recipe_from({**recipe.model_dump(exclude_defaults=True), **fields})
+    return recipe if recipe is not None else recipe_from(fields)
+
+
+def plan_quantize(
+    model: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    out: Path | None = None,
+    ram: int | None = None,
+    workers: int | None = None,
+    revision: str | None = None,
+    **fields: Any,
+) -> Plan:
+    """What `quantize` would do, or every reason why it would refuse.
+
+    Args:
+        model: folder, file or hub id.
+        recipe: or its fields as keyword arguments: to="gguf:Q4_K_M", method="gptq" …
+        out: output folder, to check disk space.
+        ram: hard limit of resident memory, bytes.
+
+    Raises:
+        Refusals: all reasons at once.
+    """
+    with open(model, revision=revision) as source:
+        return _decide(source, str(model), as_recipe(recipe, fields), out, ram, workers)
+
+
+def _decide(source: Source, model: str, recipe: Recipe, out: Path | None, ram: int | None, workers: int | None) -> Plan:
+    from fewbit.run.settings import default_ram, default_workers
+
+    if source.quantised and not recipe.requantize:
+        assert source.format is not None
+        raise Refusals([InputError("FB-E0410", f"the source is already quantised ({source.format.name})", file=source.root)])
+    plan = resolve(source.manifest, source.config, recipe, source=model)
+    problems: list[Any] = []
+    jobs = [job for output in plan.outputs for job in output.jobs]
+    try:
+        plan = replace(plan, peak_bytes=budget(jobs, ram or default_ram(), workers or default_workers()).peak)
+    except ResourceError as error:
+        problems.append(error)
+    if out is not None:
+        problems += _disk_problems(plan, out)
+    if problems:
+        raise Refusals(problems)
+    return replace(plan, warnings=(*source.checkpoint.warnings, *plan.warnings))
+
+
+def _disk_problems(plan: Plan, out: Path) -> list[ResourceError]:
+    from fewbit.run.settings import room_for
+
+    missing = room_for(out, plan.disk_bytes)
+    if missing <= 0:
+        return []
+    message = f"the outputs take {plan.disk_bytes / 1e9:.2f} GB, {missing / 1e9:.2f} GB more than the disk of {out} has free"
+    return [ResourceError("FB-E0501", message, file=out)]
+
+
+def quantize(
+    model: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    out: str | Path,
+    ram: int | None = None,
+    vram: int = 0,
+    device: str = "auto",
+    workers: int | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    strict: bool = False,
+    revision: str | None = None,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+    **fields: Any,
+) -> Result:
+    """Quantises a checkpoint into one or more formats. Arguments as the flags of `fewbit quantize`.
+
+    Raises:
+        Refusals: before any work. ResourceError, Interrupted: resumable by the same call. QualityError: the audit or --strict failed.
+    """
+    from fewbit.run.engine import run_plan
+    from fewbit.run.settings import folder_bytes, settings
+
+    out = Path(out)
+    chosen = as_recipe(recipe, fields)
+    with open(model, revision=revision) as source:
+        plan = _decide(source, str(model), chosen, out, ram, workers)
+        how = settings(ram, workers, device, overwrite, **({"on_event": on_event} if on_event else {}), vram=vram)
+        calibrated = None
+        if plan.needs:
+            from fewbit.run.block import calibrated
+        outcome = run_plan(plan, source, out, how, calibrated)
+        if strict:
+            _check_strict(plan, outcome.notes)
+        verified = _verify(outcome.outputs, source) if verify else None
+    return Result(
+        plan=plan,
+        outputs=outcome.outputs,
+        nbytes=tuple(folder_bytes(path) for path in outcome.outputs),
+        seconds=outcome.seconds,
+        peak_bytes=outcome.peak_bytes,
+        resumed=outcome.resumed,
+        losses=outcome.losses,
+        notes=outcome.notes,
+        verified=verified,
+        warnings=plan.warnings,
+    )
+
+
+def _check_strict(plan: Plan, notes: dict[str, tuple[str, ...]]) -> None:
+    fallen = [name for name, lines in notes.items() if any("fallback" in line for line in lines)]
+    total = sum(len(output.quantised) for output in plan.outputs)
+    if len(fallen) > STRICT_SHARE * max(1, total):
+        raise QualityError("FB-E0710", f"solvers fell back on {len(fallen)} of {total} tensors", tensor=fallen[0])
+
+
+def _verify(outputs: Iterable[Path], source: Source) -> tuple[Any, ...]:
+    from fewbit.eval.verify import verify
+
+    return tuple(verify(path, base=source) for path in outputs)
+
+
+def quantize_tensor(
+    w: torch.Tensor, scheme: str, *, method: str = "rtn", stats: Any = None, seed: int = 0, **options: Any
+) -> QTensor:
+    """One tensor, quantised in memory: `fb.quantize_tensor(w, "int4-g128-asym", method="hqq").dequantize()`.
+
+    Args:
+        w: floating [..., out, in].
+        scheme: spelling or preset.
+        method: solver; `stats` are its calibration statistics where it needs some; `options` are its options.
+    """
+    from fewbit.num.scheme import parse_scheme
+    from fewbit.solve.table import solver_named
+
+    return solver_named(method)(w, stats, parse_scheme(scheme), seed=seed, options=options).q
+
+
+def evaluate(candidates: str | Path | list[str | Path], base: str | Path, **options: Any) -> Any:
+    """Fidelity of candidates against a base on a text; see `eval.compare.evaluate`."""
+    from fewbit.eval.fidelity import evaluate as run
+
+    return run([candidates] if isinstance(candidates, (str, Path)) else candidates, base, **options)
+
+
+def inspect(path: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """What a checkpoint holds, from headers alone: per tensor its scheme, shape and bytes, and totals."""
+    from fewbit.run.survey import survey
+
+    with open(path, revision=revision) as source:
+        return survey(source)

@@ -1,0 +1,124 @@
+"""What people read in a terminal: plans, outcomes, contents of checkpoints."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from fewbit.api import Result
+    from fewbit.plan.jobs import Output, Plan
+
+
+def human_bytes(nbytes: float) -> str:
+    """12.3 MB, decimal units as disks and vendors count them."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(nbytes) < 1000 or unit == "TB":
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return ""
+
+
+def human_count(number: float) -> str:
+    """1.24 B, 8.39 M, 512."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+def render(*parts: Any, width: int | None = None) -> str:
+    """Rich parts as text, coloured only on a terminal."""
+    import os
+    import sys
+
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    console = Console(file=io.StringIO(), force_terminal=colour, width=width or (None if colour else 120), highlight=False)
+    for part in parts:
+        console.print(part)
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]], title: str = "") -> Table:
+    """A plain table; a column is (heading, "left" | "right")."""
+    made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold", title_style="bold")
+    for heading, side in columns:
+        made.add_column(heading, justify=side, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        made.add_row(*(cell if isinstance(cell, Text) else str(cell) for cell in row))
+    return made
+
+
+def plan_page(plan: Plan) -> str:
+    """A plan as `fewbit quantize --dry-run` shows it: what happens to every kind of tensor, sizes, warnings."""
+    parts: list[Any] = []
+    for output in plan.outputs:
+        parts += [_output_table(output), _totals(output), ""]
+    parts += [f"warning: {text}" for text in plan.warnings]
+    parts.append(f"memory: {human_bytes(plan.peak_bytes)} at its peak (predicted); disk: {human_bytes(plan.disk_bytes)}")
+    if plan.needs:
+        parts.append(f"calibration statistics: {', '.join(plan.needs)}")
+    return render(*parts)
+
+
+def _output_table(output: Output) -> Table:
+    rows = [
+        (role, stored, count, human_count(numel), human_bytes(nbytes), f"{8 * nbytes / max(1, numel):.3f}", reason)
+        for (role, stored, reason), count, numel, nbytes in output.groups()
+    ]
+    columns = [("role", "left"), ("stored as", "left"), ("tensors", "right"), ("weights", "right"), ("bytes", "right"), ("bits/w", "right"), ("because", "left")]
+    return table(columns, rows, title=output.target)
+
+
+def _totals(output: Output) -> str:
+    return (
+        f"total {human_bytes(output.nbytes)}, {output.bits_per_weight:.3f} bits per weight over all tensors; "
+        f"{output.coverage:.1%} of the weights quantised"
+    )
+
+
+def outcome_page(result: Result) -> str:
+    """What a run made: per output the path, the size, the coverage, and what the solvers and the check had to say."""
+    parts: list[Any] = []
+    for output, path, nbytes in zip(result.plan.outputs, result.outputs, result.nbytes, strict=True):
+        parts.append(Text(f"{output.target} -> {path}", style="bold"))
+        parts.append(f"  {human_bytes(nbytes)} on disk; {_totals(output)}")
+    for text in result.warnings:
+        parts.append(f"warning: {text}")
+    for name, lines in list(result.notes.items())[:10]:
+        parts.append(f"note: {name}: {'; '.join(lines)}")
+    if len(result.notes) > 10:
+        parts.append(f"… notes on {len(result.notes) - 10} more tensors; --json lists all")
+    if result.verified is not None:
+        parts += [f"verified: {getattr(item, 'summary', item)}" for item in result.verified]
+    resumed = f", {result.resumed} tensors from an earlier run" if result.resumed else ""
+    parts.append(f"{result.seconds:.1f} s, {human_bytes(result.peak_bytes)} peak memory{resumed}")
+    return render(*parts)
+
+
+def survey_page(found: dict[str, Any], tensors: bool = False) -> str:
+    """What a checkpoint holds, as `fewbit inspect` shows it."""
+    head = [
+        f"{found['path']}: {found['format']}, {found['model_type'] or 'unknown model type'}",
+        f"{human_count(found['weights'])} weights in {found['tensors']} tensors, {human_bytes(found['bytes'])}, "
+        f"{found['bits_per_weight']:.3f} bits per weight",
+    ]
+    columns = [("role", "left"), ("stored as", "left"), ("tensors", "right"), ("weights", "right"), ("bytes", "right"), ("bits/w", "right")]
+    rows = [
+        (row["role"], row["stored"], row["tensors"], human_count(row["weights"]), human_bytes(row["bytes"]), f"{8 * row['bytes'] / max(1, row['weights']):.3f}")
+        for row in found["groups"]
+    ]
+    parts: list[Any] = [*head, "", table(columns, rows)]
+    if tensors:
+        each = [
+            (item["name"], item["stored"], "x".join(map(str, item["shape"])), human_bytes(item["bytes"]), f"{8 * item['bytes'] / max(1, item['weights']):.3f}")
+            for item in found["list"]
+        ]
+        parts += ["", table([("tensor", "left"), ("stored as", "left"), ("shape", "left"), ("bytes", "right"), ("bits/w", "right")], each)]
+    parts += [f"warning: {text}" for text in found["warnings"]]
+    return render(*parts)
