@@ -96,9 +96,9 @@ def _sizes(word: str, scheme: Scheme, shape: tuple[int, ...]) -> Parts:
             zero = ("I8", scales)
             sizes[""] = ("I8", shape)
         else:
-            packed_rows = (*batch, -(-rows * affine.bits // 32), counts[-1])
+            packed_rows = (*batch, packed_length(rows, affine.bits), counts[-1])
             zero = ("I32", packed_rows) if scheme.blocks.rows else ("I8", scales)
-            sizes["packed"] = ("I32", (*batch, rows, -(-cols * affine.bits // 32)))
+            sizes["packed"] = ("I32", (*batch, rows, packed_length(cols, affine.bits)))
             sizes["shape"] = ("I64", (len(shape),))
         return sizes | ({"zero_point": zero} if affine.zero == "code" else {})
     if is_nvfp4(scheme):
@@ -115,6 +115,16 @@ def _sizes(word: str, scheme: Scheme, shape: tuple[int, ...]) -> Parts:
     scale = fp8_scale(scheme)
     assert scale is not None
     return {"": ("F8_E4M3", shape), "scale": (STORED_DTYPE[scale.name], scales)}
+
+
+def packed_length(count: int, bits: int) -> int:
+    """int32 words that hold `count` codes without gaps."""
+    return -(-count * bits // 32)
+
+
+def _loose_length(count: int, bits: int) -> int:
+    """The same before 0.20: no code straddles two words."""
+    return -(-count // (32 // bits))
 
 
 def _input_part(name: str, scheme: Scheme) -> str | None:
@@ -205,8 +215,8 @@ def decode(name: str, read: Read, stored: Stored) -> QTensor:
         value = read(inputs).float().reshape(1)
         sides["input_scale"] = 1.0 / value if inputs.endswith("global_scale") else value
     if (affine := affine_of(scheme)) is not None:
-        bits, dense = affine.bits, stored.facts.get("dense", True)
-        zero = get.get("zero_point")
+        bits, zero = affine.bits, get.get("zero_point")
+        dense = "packed" not in get or get["packed"].shape[-1] == packed_length(shape[-1], bits)
         if "packed" in get:
             codes = unpack(get["packed"], bits, shape[-1], dense=dense)
         else:
@@ -312,14 +322,15 @@ def _shape(
     words = packed.shape[-1]
     if packed.dtype == "U8":
         return (*packed.shape[:-1], words * 8 // bits), {}
+    widest = words * 32 // bits
     if scheme.blocks.cols and scale is not None:
         lengths = [scale.shape[-1] * scheme.blocks.cols]
     else:  # the last word may be filled in part: the config knows the length, `weight_shape` tells at decoding
-        lengths = sorted({size for size in config.values() if type(size) is int}, reverse=True) + [words * 32 // bits]
-    for dense, in_words in ((True, lambda cols: -(-cols * bits // 32)), (False, lambda cols: -(-cols // (32 // bits)))):
-        for cols in lengths:
-            if in_words(cols) == words:
-                return (*packed.shape[:-1], cols), {"dense": dense, "read_shape": not scheme.blocks.cols}
+        lengths = sorted({size for size in config.values() if type(size) is int and 0 < size <= widest}, reverse=True)
+        lengths.append(widest)
+    for cols in lengths:
+        if words in (packed_length(cols, bits), _loose_length(cols, bits)):
+            return (*packed.shape[:-1], cols), {"read_shape": not scheme.blocks.cols}
     problem = f"{words} words a row do not hold {lengths[0]} codes of {bits} bits"
     raise InputError("FB-E0621", f"{problem}: the config lies about bits or group size", tensor=packed.name)
 
