@@ -5,20 +5,21 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    from fewbit import api
-
+    if name.startswith("_") or name == "api":
+        raise AttributeError(f"module 'fewbit' has no attribute {name!r}")
+    api = importlib.import_module("fewbit.api")
     if name in api.__all__:
         return getattr(api, name)
     raise AttributeError(f"module 'fewbit' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    from fewbit import api
-
+    api = importlib.import_module("fewbit.api")
     return sorted([*api.__all__, "__version__"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -20,8 +20,9 @@ def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
 
     The command's parameter `recipe: Recipe` is made from them: the file first, then the flags that were given over it.
     """
-    own = inspect.signature(function)
-    parameters = [parameter for name, parameter in own.parameters.items() if name != "recipe"]
+    hints = get_type_hints(function, include_extras=True)
+    own = inspect.signature(function).parameters
+    parameters = [parameter.replace(annotation=hints[name]) for name, parameter in own.items() if name != "recipe"]
     flags = [
         inspect.Parameter(
             name,
