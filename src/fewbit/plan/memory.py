@@ -1,0 +1,221 @@
+"""What running a model takes beside its weights, what then fits a device, and what quantising it takes.
+
+    needed  =  weights  +  KV cache  +  activations  +  runtime overhead
+
+Weights and cache are exact. Activations follow a stated formula; the runtime's overhead is an assumption of the device table. Both are
+printed with every plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fewbit.base.errors import FewbitError
+from fewbit.plan.devices import Device
+from fewbit.plan.jobs import Job
+from fewbit.plan.kv import KvLayer, kv_bytes
+from fewbit.plan.resources import BASE_BYTES, budget
+from fewbit.plan.shapes import Model, Weight
+from fewbit.plan.sizes import Size, Storage, weight_bytes, weight_scheme
+
+CHUNK = 2048  # tokens of a prompt that an engine runs through the layers at once
+LONGEST = 1 << 24
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a model is to be run: sequences at once, tokens each, dtype of their cache."""
+
+    context: int = 8192
+    batch: int = 1
+    kv_dtype: str = "f16"
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Bytes that running takes."""
+
+    weights: int
+    kv: int
+    activations: int
+    overhead: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.activations + self.overhead
+
+
+def width(model: Model) -> int:
+    """Values alive for one token inside a layer: residual stream, norms, attention's inputs and outputs, the feed-forward's halves."""
+    text = model.text
+    heads = int(text.get("num_attention_heads") or text.get("n_head") or 1)
+    head_dim = int(text.get("head_dim") or model.hidden_size // max(1, heads))
+    if text.get("kv_lora_rank"):
+        head_dim = int(text.get("qk_nope_head_dim") or 0) + int(text.get("qk_rope_head_dim") or 0)
+    kv_heads = int(text.get("num_key_value_heads") or heads)
+    return 3 * model.hidden_size + 2 * heads * head_dim + 2 * kv_heads * head_dim + 3 * feed_forward(model)
+
+
+def feed_forward(model: Model) -> int:
+    """Inner width of the feed-forward that one token passes, chosen and shared experts together."""
+    text = model.text
+    dense = int(text.get("intermediate_size") or text.get("n_inner") or text.get("ffn_dim") or 4 * model.hidden_size)
+    if not model.experts:
+        return dense
+    shared = int(text.get("shared_expert_intermediate_size") or 0)
+    each = int(text.get("moe_intermediate_size") or dense)
+    shared += int(text.get("n_shared_experts") or 0) * each
+    return max(model.experts_per_token * each + shared, dense if text.get("first_k_dense_replace") else 0)
+
+
+def activation_bytes(model: Model, use: Use) -> int:
+    """Working memory of inference: a chunk of the prompt through one layer in 16 bits, and one row of float32 logits a sequence.
+
+    Attention is taken to be fused (no matrix of scores).
+    """
+    tokens = min(CHUNK, use.context * use.batch)
+    return tokens * width(model) * 2 + use.batch * model.vocab_size * 4
+
+
+def needed(model: Model, size: Size, layers: tuple[KvLayer, ...], use: Use, device: Device | None = None) -> Needed:
+    """What running a model in one storage takes (with `device`, its runtime's overhead too)."""
+    overhead = device.overhead_bytes * device.count if device else 0
+    return Needed(size.total, kv_bytes(layers, use.context, use.batch, use.kv_dtype), activation_bytes(model, use), overhead)
+
+
+def fits(model: Model, size: Size, layers: tuple[KvLayer, ...], use: Use, device: Device) -> bool:
+    """Whether weights, cache and activations go into what the device leaves for them."""
+    return needed(model, size, layers, use).total <= device.budget
+
+
+def longest_context(model: Model, size: Size, layers: tuple[KvLayer, ...], use: Use, device: Device) -> int:
+    """The most tokens a sequence may have so that all fits; 0 when not even one does, the model's own limit at most."""
+    limit = model.max_context or LONGEST
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(model, size, layers, Use(middle, use.batch, use.kv_dtype), device):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@dataclass(frozen=True)
+class Split:
+    """Layers on the device and layers left in main memory."""
+
+    on_device: int
+    layers: int
+    device_bytes: int
+    host_bytes: int
+
+
+def offload(model: Model, storage: Storage, layers: tuple[KvLayer, ...], use: Use, device: Device) -> Split:
+    """How many layers, from the last to the first, go onto a device together with their cache; head and norms go first, the embedding stays."""
+    per_layer, outside, held = _bytes_by_layer(model, storage)
+    room = device.budget - activation_bytes(model, use) - outside
+    placed, used = 0, outside
+    for index in sorted(per_layer, reverse=True):
+        cache = kv_bytes(layers[index : index + 1], use.context, use.batch, use.kv_dtype) if index < len(layers) else 0
+        if per_layer[index] + cache > room:
+            break
+        room -= per_layer[index] + cache
+        used += per_layer[index]
+        placed += 1
+    if outside > device.budget:
+        placed, used = 0, 0
+    total = sum(per_layer.values()) + outside + held
+    return Split(placed, len(per_layer), used, total - used)
+
+
+def _bytes_by_layer(model: Model, storage: Storage) -> tuple[dict[int, int], int, int]:
+    """(bytes of each layer, bytes outside that belong on the device, bytes of the embedding, which main memory can serve)."""
+    per_layer: dict[int, int] = {}
+    outside = held = 0
+    for weight in model.weights:
+        nbytes = weight_bytes(weight, storage)
+        if weight.layer is not None and weight.kind != "vision":
+            per_layer[weight.layer] = per_layer.get(weight.layer, 0) + nbytes
+        elif weight.role == "embed" and not model.tied:
+            held += nbytes
+        else:
+            outside += nbytes
+    return per_layer, outside, held
+
+
+# ---- what quantising takes
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What making one output takes.
+
+    Attributes:
+        peak: bytes of resident memory.
+        disk: bytes of the output.
+        read: bytes read.
+        seconds: a rough time without calibration, by `nanoseconds_per_weight`.
+    """
+
+    peak: int
+    disk: int
+    read: int
+    seconds: float
+
+
+# rough times of one core for one weight, from measurements of this project's kernels on a 2-core AVX-512 machine (dev/LOG.md); a searched fit
+# of a super-block scheme costs most
+NANOSECONDS = {"k-quant": 35.0, "searched": 20.0, "float": 8.0, "copy": 0.5}
+
+
+def nanoseconds_per_weight(storage: Storage) -> float:
+    """Time of one core for one weight, roundly."""
+    scheme = storage.scheme
+    if storage.plain:
+        return NANOSECONDS["copy"]
+    if any(not part.is_leaf for _, part in scheme.parts()):
+        return NANOSECONDS["k-quant"]
+    return NANOSECONDS["float" if storage.compute in ("fp8", "int8") else "searched"]
+
+
+def quantize_cost(model: Model, storage: Storage, *, workers: int = 2, ram: int = 1 << 50) -> Cost:
+    """Peak memory, disk and time of a data-free run for one output."""
+    jobs = [_job(weight, storage) for weight in model.weights for _ in range(min(weight.count, workers))]
+    peak = quantize_memory(jobs, ram, workers)
+    disk = sum(weight_bytes(weight, storage) for weight in model.weights)
+    weights = sum(weight.numel for weight in model.weights if weight_scheme(weight, storage) is not None)
+    seconds = weights * nanoseconds_per_weight(storage) * 1e-9 / max(1, workers)
+    return Cost(peak, disk, sum(weight.nbytes for weight in model.weights), seconds)
+
+
+def quantize_memory(jobs: list[Job], ram: int, workers: int) -> int:
+    """Peak bytes of resident memory of a data-free run, by the engine's own budget (`plan.resources`)."""
+    try:
+        return budget(jobs, ram, workers).peak
+    except FewbitError:
+        return budget(jobs, 1 << 60, 1).peak
+
+
+def _job(weight: Weight, storage: Storage) -> Job:
+    scheme = weight_scheme(weight, storage)
+    nbytes = weight_bytes(weight, storage) // max(1, weight.count)
+    shape = weight.matrix if scheme is not None else weight.shape
+    ops = ("transpose",) if shape != weight.shape else ()
+    return Job(
+        weight.name, weight.name, (weight.name,), ops, shape, weight.dtype, weight.role, weight.layer, scheme, "rtn", "", {weight.name: ("U8", (nbytes,))}
+    )
+
+
+def assumptions(model: Model, use: Use, device: Device | None) -> Mapping[str, Any]:
+    """What the numbers rest on, in words."""
+    found = {
+        "activations": f"{min(CHUNK, use.context * use.batch):,} tokens at once x {width(model):,} values x 2 bytes + float32 logits; fused attention",
+        "cache": f"{use.kv_dtype} keys and values, allocated for the whole context",
+        "quantising": f"data-free; tensors are streamed, so memory follows the largest tensor; {BASE_BYTES / 1e9:.2f} GB for the program itself",
+    }
+    if device is not None and device.kind != "memory":
+        found["device"] = f"{device.usable:.0%} of the memory usable, {device.overhead_bytes * device.count / 1e9:.1f} GB for the runtime"
+    return found

@@ -1,0 +1,173 @@
+"""How many bytes a model takes in each scheme, metadata included, tensor by tensor.
+
+A `Storage` is one way to store a whole model: a scheme for the matrices that engines multiply by, and what becomes of the rest. Two
+conventions exist: safetensors formats leave embeddings, head, routers and norms as they were; GGUF quantises embeddings and head
+too, and keeps vectors and routers in F32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+from fewbit.base.manifest import DTYPE_BITS
+from fewbit.num.scheme import Scheme, parse_scheme
+from fewbit.plan.shapes import Model, Weight
+
+
+@dataclass(frozen=True)
+class Storage:
+    """One way to store a model.
+
+    Attributes:
+        label: as people call it.
+        spelling: scheme of the matrices.
+        target: what `fewbit quantize --to` takes, "" for plain dtypes.
+        compute: dtype in which an engine multiplies: bf16 for weight-only schemes.
+        container: safetensors or gguf.
+    """
+
+    label: str
+    spelling: str
+    target: str
+    compute: str = "bf16"
+    container: str = "safetensors"
+
+    @property
+    def scheme(self) -> Scheme:
+        return parse_scheme(self.spelling)
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is only a dtype for every tensor."""
+        return self.scheme.is_leaf
+
+
+STORAGES: dict[str, Storage] = {
+    row.label: row
+    for row in (
+        Storage("FP32", "f32", "dense-f32:f32", "fp32"),
+        Storage("BF16", "bf16", ""),
+        Storage("FP8", "fp8-e4m3-channel", "compressed-tensors:w8a8-fp8", "fp8"),
+        Storage("INT8 W8A8", "int8-channel", "compressed-tensors:w8a8", "int8"),
+        Storage("Q8_0", "q8_0", "gguf:Q8_0", container="gguf"),
+        Storage("Q6_K", "q6_k", "gguf:Q6_K", container="gguf"),
+        Storage("Q5_K", "q5_k", "gguf:Q5_K_S", container="gguf"),
+        Storage("NVFP4", "nvfp4", "compressed-tensors:nvfp4", "fp4"),
+        Storage("Q4_K", "q4_k", "gguf:Q4_K_S", container="gguf"),
+        Storage("IQ4_XS", "iq4_xs", "gguf:IQ4_XS", container="gguf"),
+        Storage("MXFP4", "mxfp4", "compressed-tensors:mxfp4", "fp4"),
+        Storage("INT4 g128", "int4-g128", "compressed-tensors:int4-g128"),
+        Storage("NF4", "nf4-flat64-dq", "bitsandbytes:nf4"),
+        Storage("Q3_K", "q3_k", "gguf:Q3_K_S", container="gguf"),
+        Storage("Q2_K", "q2_k", "gguf:Q2_K", container="gguf"),
+    )
+}
+
+
+def weight_scheme(weight: Weight, storage: Storage) -> Scheme | None:
+    """The scheme that a weight gets, or None when it stays in its own dtype (F32 for the vectors of a GGUF file)."""
+    if storage.plain:
+        return storage.scheme
+    if storage.container == "gguf":
+        return gguf_scheme(weight, storage.scheme)
+    scheme = storage.scheme
+    if weight.kept or (scheme.group_size and not scheme.blocks.flat and weight.matrix[-1] % scheme.group_size):
+        return None
+    return scheme
+
+
+def gguf_scheme(weight: Weight, scheme: Scheme) -> Scheme | None:
+    """GGUF quantises every matrix but routers and positions; the head gets six bits at least; short rows fall back on blocks of 32."""
+    if len(weight.shape) < 2 or weight.role in ("router", "position", "conv", "norm", "bias", "sinks") or weight.kind == "vision":
+        return None
+    if weight.role == "head" and scheme.bits_per_weight((256, 256)) < 6.5:
+        scheme = parse_scheme("q6_k")
+    cols = weight.matrix[-1]
+    if scheme.span and cols % scheme.span:
+        bits = scheme.bits_per_weight((256, 256))
+        scheme = parse_scheme(next(name for limit, name in _FALLBACK if bits <= limit))
+    return None if scheme.span and cols % scheme.span else scheme
+
+
+_FALLBACK = ((4.2, "iq4_nl"), (4.6, "q5_0"), (5.6, "q5_1"), (9.0, "q8_0"))  # llama.cpp's substitutes when a row is no multiple of 256
+
+
+def weight_bytes(weight: Weight, storage: Storage) -> int:
+    """Bytes of all `count` tensors of a weight, rounded up to whole bytes a tensor."""
+    scheme = weight_scheme(weight, storage)
+    if scheme is not None:
+        return -(-scheme.storage_bits(weight.matrix) // 8) * weight.count
+    if storage.container == "gguf":
+        bits = 32 if len(weight.shape) < 2 or weight.kind == "router" else 16
+    else:
+        bits = DTYPE_BITS.get(weight.dtype, 16)
+    return -(-prod(weight.shape) * bits // 8) * weight.count
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model in one storage.
+
+    Attributes:
+        total: bytes of all weights.
+        active: bytes that one token's pass reads: no embedding rows but its own, no expert but the chosen.
+        by_kind: bytes by kind of weight.
+        quantised: share of the parameters that is stored in the storage's scheme.
+        metadata: bytes of scales and shifts.
+    """
+
+    storage: Storage
+    total: int
+    active: int
+    by_kind: dict[str, int]
+    quantised: float
+    metadata: int
+    params: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.total / max(1, self.params)
+
+
+def size_of(model: Model, storage: Storage) -> Size:
+    """Bytes of a model in one storage."""
+    total = active = metadata = covered = 0
+    by_kind: dict[str, int] = {}
+    for weight in model.weights:
+        nbytes = weight_bytes(weight, storage)
+        total += nbytes
+        by_kind[weight.kind] = by_kind.get(weight.kind, 0) + nbytes
+        active += active_bytes(model, weight, nbytes)
+        scheme = weight_scheme(weight, storage)
+        if scheme is not None:
+            covered += weight.numel
+            metadata += -(-metadata_bits(scheme, weight.matrix) // 8) * weight.count
+    return Size(storage, total, active, by_kind, covered / max(1, model.params), metadata, model.params)
+
+
+def active_bytes(model: Model, weight: Weight, nbytes: int) -> int:
+    """Of a weight's bytes, those that one token's pass reads."""
+    if weight.role == "position" or (weight.role == "embed" and not model.tied) or weight.kind == "vision":
+        return 0
+    return round(nbytes * model.share(weight))
+
+
+def metadata_bits(scheme: Scheme, shape: tuple[int, ...]) -> int:
+    """Bits of scales and shifts of a tensor of this shape."""
+    return sum(part.storage_bits(scheme.block_counts(shape)) for _, part in scheme.parts())
+
+
+def count_by_kind(model: Model) -> dict[str, tuple[int, int, int]]:
+    """kind -> (tensors, parameters, bytes in their own dtype), largest first."""
+    found: dict[str, tuple[int, int, int]] = {}
+    for weight in model.weights:
+        tensors, params, nbytes = found.get(weight.kind, (0, 0, 0))
+        found[weight.kind] = (tensors + weight.count, params + weight.numel, nbytes + weight.nbytes)
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+
+def predicted_bytes(jobs: Iterable) -> int:
+    """Bytes of tensor data that jobs of a plan will write: the sum of what each `writes` promises."""
+    return sum(job.nbytes for job in jobs)

@@ -1,0 +1,93 @@
+"""How fast a model can run at most: two ceilings that no implementation passes.
+
+    decoding    every step reads all active weights and the cache once    tokens/s <= bandwidth / bytes read, times the batch
+    prefill     2 operations a parameter and token, plus attention        tokens/s <= operations a second / operations a token
+
+Real engines reach some 50 to 90 % of the first and less of the second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fewbit.plan.devices import Device
+from fewbit.plan.kv import KvLayer, kv_bytes
+from fewbit.plan.memory import Use
+from fewbit.plan.shapes import Model
+from fewbit.plan.sizes import Size, Storage, active_bytes, weight_bytes
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Ceilings in tokens a second; 0 where the device's figures are unknown.
+
+    Attributes:
+        decode: of the whole batch.
+        prefill: of one prompt of the whole context.
+        bound: what limits decoding at this batch, "memory" or "compute".
+        compute: dtype in which it multiplies on this device.
+    """
+
+    decode: float
+    prefill: float
+    bound: str
+    compute: str
+
+
+def decode_bytes(model: Model, storage: Storage, layers: tuple[KvLayer, ...], use: Use) -> int:
+    """Bytes that one decoding step reads: active weights, and the cache of every sequence.
+
+    A batch of b tokens that each choose k of E experts at random touches E (1 - (1 - k/E)^b) of them.
+    """
+    touched = 1 - (1 - model.active_share) ** use.batch
+    total = 0
+    for weight in model.weights:
+        nbytes = weight_bytes(weight, storage)
+        total += round(nbytes * touched) if weight.kind == "experts" else active_bytes(model, weight, nbytes)
+    return total + kv_bytes(layers, use.context, use.batch, use.kv_dtype)
+
+
+def matmul_params(model: Model) -> int:
+    """Parameters that one token is multiplied by, head included."""
+    return sum(
+        round(weight.numel * model.share(weight))
+        for weight in model.weights
+        if len(weight.shape) >= 2 and weight.kind != "vision" and weight.role != "position" and (weight.role != "embed" or model.tied)
+    )
+
+
+def prefill_operations(model: Model, context: int) -> float:
+    """Operations of a prompt: the head serves its last token only; causal attention sees half of the square of the context."""
+    head = model.vocab_size * model.hidden_size
+    heads = int(model.text.get("num_attention_heads") or model.text.get("n_head") or 0)
+    head_dim = int(model.text.get("head_dim") or model.hidden_size // max(1, heads))
+    attention = 2 * 2 * heads * head_dim * context * context / 2 * model.layers
+    return 2.0 * (matmul_params(model) - head) * context + 2.0 * head + attention
+
+
+def compute_dtype(storage: Storage, device: Device) -> str:
+    """The dtype in which a device multiplies this storage: its own where the hardware has it, else 16 (or 32) bits."""
+    if storage.compute in device.tflops:
+        return storage.compute
+    wider = ("fp8",) if storage.compute == "fp4" else ()
+    return next((dtype for dtype in (*wider, "bf16", "fp16", "fp32") if dtype in device.tflops), "")
+
+
+def speed(model: Model, size: Size, layers: tuple[KvLayer, ...], use: Use, device: Device) -> Speed:
+    """Ceilings of a model in one storage on a device that holds it all."""
+    read = decode_bytes(model, size.storage, layers, use)
+    dtype = compute_dtype(size.storage, device)
+    rate = device.tflops.get(dtype, 0.0) * 1e12
+    by_memory = use.batch * device.bandwidth / read if read else 0.0
+    by_compute = rate / (2.0 * matmul_params(model)) if rate else 0.0
+    prefill = use.context * rate / prefill_operations(model, use.context) if rate else 0.0
+    bound = "compute" if by_compute and by_memory > by_compute else "memory"
+    decode = min(by_memory, by_compute) if by_memory and by_compute else by_memory or by_compute
+    return Speed(decode, prefill, bound, dtype)
+
+
+def offloaded_decode(device_bytes: float, host_bytes: float, device: Device, host_bandwidth: float) -> float:
+    """Ceiling of one sequence when layers stay in main memory: each part is read at its own speed, one after the other."""
+    if not device.bandwidth or not host_bandwidth:
+        return 0.0
+    return 1.0 / (device_bytes / device.bandwidth + host_bytes / host_bandwidth)
