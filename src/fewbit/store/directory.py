@@ -184,8 +184,9 @@ class LocalSource:
             self.close()
             raise
         self._hashes = {name: header.sha256 for name, header in headers.items()}
-        self.warnings = weights.warnings + tuple(w for h in headers.values() for w in h.warnings) + found + warnings
         self.aux_files = aux_files(root)
+        noted = tuple(warning for header in headers.values() for warning in header.warnings)
+        self.warnings = weights.warnings + noted + found + warnings + code_warnings(self.aux_files)
 
     def _header(self, name: str) -> Header:
         path = self.root / name
@@ -276,6 +277,13 @@ def aux_files(root: Path) -> tuple[Path, ...]:
         for path in (*named, *suffixed, *extra)
         if path.is_file() and any(path.resolve().is_relative_to(base) for base in roots)
     )
+
+
+def code_warnings(files: tuple[Path, ...]) -> tuple[str, ...]:
+    """A sentence for each file to be copied along that asks programs to run code of the repository."""
+    small = (path for path in files if path.suffix == ".json" and path.stat().st_size < 1 << 20)
+    asking = (path.name for path in small if b'"auto_map"' in path.read_bytes())
+    return tuple(f"{name} has an auto_map: it asks other programs to run code of the repository" for name in asking)
 
 
 def open_local(path: Path, revision: str | None = None) -> LocalSource:

@@ -105,7 +105,9 @@ class GgufSource:
         facts = []
         for name, file in self._files.items():
             file.check()
-            facts.append([name, self.headers[name].sha256, hash_file(file) if full else [file.stamp.size, file.stamp.mtime_ns]])
+            facts.append(
+                [name, self.headers[name].sha256, hash_file(file) if full else [file.stamp.size, file.stamp.mtime_ns]]
+            )
         return digest({"files": facts})
 
     def close(self) -> None:
@@ -136,7 +138,9 @@ def _the_file(folder: Path) -> Path:
     names = sorted(child.name for child in folder.iterdir() if child.name.endswith(".gguf"))
     firsts = [name for name in names if not (found := _PART.match(name)) or int(found[2]) == 1]
     if len(firsts) != 1:
-        what = f"the folder holds {len(firsts)} GGUF models: {', '.join(firsts[:8]) or 'only later parts of a split one'}"
+        what = (
+            f"the folder holds {len(firsts)} GGUF models: {', '.join(firsts[:8]) or 'only later parts of a split one'}"
+        )
         raise InputError("FB-E0313", what, file=folder, remedy="name the file itself")
     return folder / firsts[0]
 

@@ -82,7 +82,9 @@ def _check_vocabulary(metadata: Metadata, tensors: Mapping[str, TensorInfo], fai
     for name in _TOKEN_IDS:
         value = metadata.get(f"tokenizer.ggml.{name}_token_id")
         # 2^32 - 1 is the format's way of saying "none"
-        if value is not None and (value.is_array or not isinstance(value.data, int) or not (value.data < count or value.data == 0xFFFFFFFF)):
+        if value is not None and (
+            value.is_array or not isinstance(value.data, int) or not (value.data < count or value.data == 0xFFFFFFFF)
+        ):
             fail(f"tokenizer.ggml.{name}_token_id is {value.data}, the vocabulary has {count:,} tokens")
     table = tensors.get("token_embd.weight")
     if table is not None and count < table.shape[0]:

@@ -68,7 +68,9 @@ def lay_out_gguf(
 Listed = tuple[str, str, tuple[int, ...], int]  # name, type, shape, bytes
 
 
-def _grouped(tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_bytes: int | None) -> tuple[list[list[Listed]], int]:
+def _grouped(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_bytes: int | None
+) -> tuple[list[list[Listed]], int]:
     groups: list[list[Listed]] = [[]]
     seen: set[str] = set()
     filled = 0
@@ -84,13 +86,17 @@ def _grouped(tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_bytes: int
         groups[-1].append((name, type_name, tuple(shape), nbytes))
         filled += nbytes
     if max(map(len, groups)) > MAX_TENSORS or len(groups) > 65535:
-        raise InputError("FB-E0303", f"{len(seen):,} tensors in {len(groups):,} parts are too many", remedy="use larger parts")
+        raise InputError(
+            "FB-E0303", f"{len(seen):,} tensors in {len(groups):,} parts are too many", remedy="use larger parts"
+        )
     return groups, len(seen)
 
 
 def _checked_bytes(name: str, type_name: str, shape: tuple[int, ...]) -> int:
     if type_name not in TYPE_NUMBERS:
-        raise InputError("FB-E0310", f"there is no GGML type {type_name!r}; there are {', '.join(TYPE_NUMBERS)}", tensor=name)
+        raise InputError(
+            "FB-E0310", f"there is no GGML type {type_name!r}; there are {', '.join(TYPE_NUMBERS)}", tensor=name
+        )
     _, block, _ = TENSOR_TYPES[TYPE_NUMBERS[type_name]]
     if not 1 <= len(shape) <= meta.MAX_DIMS or min(shape) < 1 or shape[-1] % block:
         what = f"{type_name} {list(shape)}: 1 to {meta.MAX_DIMS} dimensions above 0 are allowed, rows a multiple of {block}"
@@ -109,7 +115,9 @@ def _shard(file: str, group: list[Listed], metadata: Metadata, alignment: int) -
     head = meta.MAGIC + struct.pack("<IQQ", meta.VERSION, len(group), len(metadata))
     head += meta.metadata_bytes(metadata) + b"".join(listing)
     if len(head) > MAX_HEADER_BYTES:
-        raise InputError("FB-E0303", f"the header of {file} would take {len(head):,} bytes, {MAX_HEADER_BYTES:,} are allowed")
+        raise InputError(
+            "FB-E0303", f"the header of {file} would take {len(head):,} bytes, {MAX_HEADER_BYTES:,} are allowed"
+        )
     head += b"\0" * (-len(head) % alignment)
     placed = tuple(
         TensorInfo(name, dtype_of(type_name), shape, nbytes, file, len(head) + offset)

@@ -18,6 +18,7 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,7 +28,7 @@ from fewbit.store import strictjson
 from fewbit.store.fileio import OpenFile
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MAX_TENSORS = 1 << 17  # per file; the largest public shards hold a tenth of it
+MAX_TENSORS = 100_000  # per file; the largest public shards hold a tenth of it
 MAX_RANK = 8
 MAX_DIM = 1 << 40
 MAX_NAME_BYTES = 4096
@@ -37,22 +38,21 @@ _MAX_ENTRY_BYTES = 1 << 14
 _U63 = (1 << 63) - 1
 
 _W = rb"[ \t\n\r]*+"
-_DIMS = rb"\[([0-9, \t\n\r]*+)\]"
+_INT = rb"(?:0|[1-9][0-9]{0,17}+)"
+_USUAL = rb"""W"([^"\\\x00-\x1f]{1,4096}+)"W:W\{W
+"dtype"W:W"([A-Z0-9_]{1,16}+)"W,W
+"shape"W:W\[W((?:INTW(?:,WINTW)*+)?+)\]W,W
+"data_offsets"W:W\[W(INT)W,W(INT)W\]W\}W([,}])"""
+# one tensor as every writer known to us puts it, to the mark behind it: (name, dtype, dims, begin, end, mark)
+_ENTRY = re.compile(_USUAL.replace(b"\n", b"").replace(b"INT", _INT).replace(b"W", _W))
 _SPACE = re.compile(_W)
+_ESCAPED = re.compile(rb'"[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+"')
 _STRING = re.compile(rb'"([^"\\\x00-\x1f]*+)"')
-_FIELD = rb'"dtype"W:W"([A-Z0-9_]*+)"', rb'"shape"W:WDIMS', rb'"data_offsets"W:WDIMS'
-
-
-def _usual_entry() -> re.Pattern[bytes]:
-    """dtype, shape, data_offsets in that order, as every writer known to us puts them."""
-    text = rb"W\{W" + rb"W,W".join(_FIELD) + rb"W\}"
-    return re.compile(text.replace(b"DIMS", _DIMS).replace(b"W", _W))
-
-
-_ENTRY = _usual_entry()
-_NUMBER = re.compile(rb"(?:0|[1-9][0-9]{0,18})\Z")
 _BAD_IN_NAME = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb]")
 _CLIMBS = re.compile(r"(?:^|[/\\])\.\.(?:[/\\]|$)")
+
+
+Entry = tuple[str, tuple[int, ...], int, int]  # dtype, shape, begin, end as the header has them
 
 
 @dataclass(frozen=True)
@@ -136,33 +136,63 @@ class _Scanner:
     def fail(self, code: str, what: str, tensor: str | None = None) -> NoReturn:
         raise InputError(code, f"header byte {self.pos:,}: {what}", tensor=tensor, file=self.path)
 
-    def header(self) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], dict[str, str]]:
+    def header(self) -> tuple[dict[str, Entry], dict[str, str]]:
+        """The whole header: tensors as they come, and the metadata."""
         raw = self.raw
         if raw[:1] != b"{":
             self.fail("FB-E0103", f"the header must start with '{{', it starts with {bytes(raw[:1])!r}")
         if raw.count(b'"data_offsets"') > MAX_TENSORS:
             self.fail("FB-E0110", f"the file lists more than {MAX_TENSORS:,} tensors")
-        entries: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+        entries: dict[str, Entry] = {}
         metadata: dict[str, str] | None = None
         self.pos = 1
-        if not self.ends(b"}"):
-            while True:
-                name = self.key(entries)
-                if name == "__metadata__":
-                    if metadata is not None:
-                        self.fail("FB-E0104", "__metadata__ stands twice in the header")
-                    metadata = self.metadata()
-                else:
-                    entries[name] = self.entry(name)
-                if len(entries) > MAX_TENSORS:
-                    self.fail("FB-E0110", f"the file lists more than {MAX_TENSORS:,} tensors")
-                if self.ends(b"}"):
-                    break
+        ended = self.ends(b"}")
+        while not ended:
+            usual = _ENTRY.match(raw, self.pos)
+            if usual:
+                self.usual(usual, entries)
+                ended = usual[6] == b"}"
+                continue
+            name = self.key(entries)
+            if name == "__metadata__":
+                if metadata is not None:
+                    self.fail("FB-E0104", "__metadata__ stands twice in the header")
+                metadata = self.metadata()
+            else:
+                entries[name] = self.unusual(name)
+            if len(entries) > MAX_TENSORS:
+                self.fail("FB-E0110", f"the file lists more than {MAX_TENSORS:,} tensors")
+            ended = self.ends(b"}")
+            if not ended:
                 self.expect(b",")
         self.space()
         if self.pos != len(raw):
             self.fail("FB-E0103", "something other than spaces follows the JSON object")
         return entries, metadata or {}
+
+    def usual(self, match: re.Match[bytes], entries: dict[str, Entry]) -> None:
+        """Takes over a tensor in the usual spelling; the grammar is checked already."""
+        raw_name, dtype, dims, begin, end, _ = match.groups()
+        name = self.decoded(raw_name)
+        self.allowed(name, entries)
+        entry = dtype.decode(), tuple(map(int, dims.split(b","))) if dims else (), int(begin), int(end)
+        if entry[0] not in DTYPE_BITS or len(entry[1]) > MAX_RANK:
+            self.check(name, {"dtype": entry[0], "shape": list(entry[1]), "data_offsets": list(entry[2:])})
+        entries[name] = entry
+        self.pos = match.end()
+
+    def decoded(self, raw: bytes, tensor: str | None = None) -> str:
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            self.fail("FB-E0103", f"a string is not UTF-8: {error.reason}", tensor)
+
+    def allowed(self, name: str, entries: dict[str, Entry]) -> None:
+        if name in entries:
+            self.fail("FB-E0104", "the tensor stands twice in the header", name)
+        reason = bad_name(name)
+        if reason:
+            self.fail("FB-E0109", reason, ascii(name[:200]))
 
     def space(self) -> None:
         self.pos = _SPACE.match(self.raw, self.pos).end()
@@ -194,43 +224,22 @@ class _Scanner:
                     f"a string of {plain.end() - plain.start() - 2:,} bytes, at most {limit:,} allowed",
                     tensor,
                 )
-            try:
-                text = plain.group(1).decode("utf-8")
-            except UnicodeDecodeError as error:
-                self.fail("FB-E0103", f"not UTF-8: {error.reason}", tensor)
+            text = self.decoded(plain[1], tensor)
             self.pos = plain.end()
             return text
-        self.expect(b'"', tensor)
-        end = self.closing_quote(limit, tensor)
+        escaped = _ESCAPED.match(self.raw, self.pos)
+        if not escaped or len(escaped[0]) > 6 * limit:
+            self.fail("FB-E0103", f"a string with its closing quote is needed, of at most {limit:,} bytes", tensor)
         try:
-            text = strictjson.loads(
-                bytes(self.raw[self.pos - 1 : end + 1]), max_bytes=6 * limit + 2, max_values=6 * limit
-            )
+            text = strictjson.loads(escaped[0], max_bytes=6 * limit, max_values=6 * limit)
         except ValueError as error:
             self.fail("FB-E0103", f"a string cannot be read: {error}", tensor)
-        self.pos = end + 1
+        self.pos = escaped.end()
         return text
 
-    def closing_quote(self, limit: int, tensor: str | None) -> int:
-        at = self.pos
-        while True:
-            at = self.raw.find(b'"', at, self.pos + 6 * limit + 1)
-            if at < 0:
-                self.fail("FB-E0103", f"a string has no end within {6 * limit:,} bytes", tensor)
-            slashes = at
-            while self.raw[slashes - 1] == 0x5C:
-                slashes -= 1
-            if (at - slashes) % 2 == 0:
-                return at
-            at += 1
-
-    def key(self, entries: dict[str, Any]) -> str:
+    def key(self, entries: dict[str, Entry]) -> str:
         name = self.string(MAX_NAME_BYTES)
-        if name in entries:
-            self.fail("FB-E0104", "the tensor stands twice in the header", name)
-        reason = bad_name(name)
-        if reason:
-            self.fail("FB-E0109", reason, repr(name[:200]))
+        self.allowed(name, entries)
         self.expect(b":", name)
         return name
 
@@ -259,41 +268,24 @@ class _Scanner:
                 return found
             self.expect(b",")
 
-    def entry(self, name: str) -> tuple[str, tuple[int, ...], int, int]:
-        """One tensor as (dtype, shape, begin, end)."""
-        usual = _ENTRY.match(self.raw, self.pos)
-        if usual:
-            dtype, shape, offsets = usual.groups()
-            dims, span = self.numbers(shape, "shape", name), self.numbers(offsets, "data_offsets", name)
-            value: dict[str, Any] = {"dtype": dtype.decode(), "shape": dims, "data_offsets": span}
-            after = usual.end()
-        else:
-            value, after = self.unusual(name)
-        self.check(name, value)
-        self.pos = after
-        return value["dtype"], tuple(value["shape"]), *value["data_offsets"]
-
-    def numbers(self, text: bytes, field: str, name: str) -> list[int]:
-        parts = [part.strip() for part in text.split(b",")] if text.strip() else []
-        if not all(map(_NUMBER.match, parts)):
-            self.fail("FB-E0106", f"{field} holds {text[:60].decode()!r}, whole numbers below 2^63 are needed", name)
-        return [int(part) for part in parts]
-
-    def unusual(self, name: str) -> tuple[dict[str, Any], int]:
+    def unusual(self, name: str) -> Entry:
         """An entry in another spelling, or a wrong one, through the JSON reader: at most to the next closing brace."""
         self.space()
         end = self.raw.find(b"}", self.pos, self.pos + _MAX_ENTRY_BYTES) + 1
         if not end:
             self.fail("FB-E0106", f"the entry of the tensor has no end within {_MAX_ENTRY_BYTES:,} bytes", name)
-        if b"-" in self.raw[self.pos : end]:
+        body = bytes(self.raw[self.pos : end])
+        if b"-" in body:
             self.fail("FB-E0106", "the entry of the tensor holds a minus sign", name)
         try:
-            value = strictjson.loads(bytes(self.raw[self.pos : end]), max_bytes=_MAX_ENTRY_BYTES, max_values=1000)
+            value = strictjson.loads(body, max_bytes=_MAX_ENTRY_BYTES, max_values=1000)
         except ValueError as error:
             self.fail("FB-E0106", f"the entry of the tensor cannot be read: {error}", name)
         if not isinstance(value, dict):
             self.fail("FB-E0106", "the entry of the tensor is not an object", name)
-        return value, end
+        self.check(name, value)
+        self.pos = end
+        return value["dtype"], tuple(value["shape"]), *value["data_offsets"]
 
     def check(self, name: str, value: dict[str, Any]) -> None:
         if set(value) != {"dtype", "shape", "data_offsets"}:
@@ -315,6 +307,8 @@ class _Scanner:
 
 def bad_name(name: str) -> str | None:
     """Why a tensor may not be called so, or None."""
+    if name and len(name) <= MAX_NAME_BYTES and name.isascii() and name.isprintable() and ".." not in name:
+        return None
     if not name:
         return "a tensor has an empty name"
     if len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES:
@@ -326,13 +320,12 @@ def bad_name(name: str) -> str | None:
     return None
 
 
-def _place(
-    entries: dict[str, tuple[str, tuple[int, ...], int, int]], start: int, room: int, path: object, relative: str
-) -> dict[str, TensorInfo]:
+def _place(entries: dict[str, Entry], start: int, room: int, path: object, relative: str) -> dict[str, TensorInfo]:
     """Checks that the tensors tile the `room` bytes of data, and gives them their absolute place."""
     tensors: dict[str, TensorInfo] = {}
     reached = 0
-    for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+    for name in sorted(entries, key=lambda name: entries[name][2:]):
+        dtype, shape, begin, end = entries[name]
         nbytes = _checked_bytes(name, dtype, shape, path)
         if end - begin != nbytes:
             what = (
@@ -356,14 +349,20 @@ def _place(
 
 
 def _checked_bytes(name: str, dtype: str, shape: tuple[int, ...], path: object) -> int:
-    bits = DTYPE_BITS[dtype]
-    numel, nonzero = bits, bits
-    for dim in shape:
-        numel, nonzero = numel * dim, nonzero * max(dim, 1)
-        if dim >= MAX_DIM or nonzero > _U63:
-            what = f"the dimensions {list(shape)} are beyond 2^40 each or 2^63 bits together"
-            raise InputError("FB-E0107", what, tensor=name, file=path)
-    if numel % 8:
+    bits, numel = DTYPE_BITS[dtype], prod(shape)
+    if not 0 < numel < MAX_DIM:
+        _require_small(name, bits, shape, path)
+    if numel * bits % 8:
         what = f"{dtype} {list(shape)} does not fill whole bytes"
         raise InputError("FB-E0107", what, tensor=name, file=path)
-    return numel // 8
+    return numel * bits // 8
+
+
+def _require_small(name: str, bits: int, shape: tuple[int, ...], path: object) -> None:
+    """Bounds the dimensions of a very large or empty tensor, so that no product of some of them can overflow."""
+    product = bits
+    for dim in shape:
+        product *= max(dim, 1)
+        if dim >= MAX_DIM or product > _U63:
+            what = f"the dimensions {list(shape)} are beyond 2^40 each or 2^63 bits together"
+            raise InputError("FB-E0107", what, tensor=name, file=path)
