@@ -1,0 +1,107 @@
+"""Factors of symmetric positive matrices, made so that they cannot fail: a damping ladder and a named refusal at its end.
+
+Error feedback (LDLQ, which is GPTQ written forwards) needs one factor of the input gram H: upper triangular U with H = U U^T. Then
+
+    tr(E H E^T) = sum_j pivot_j^2 |e_j + sum_{k<j} feedback_kj e_k|^2        e = w - w_hat, pivot = diag U, feedback = U / pivot
+
+so column j is rounded with the earlier errors times `feedback` added, and costs pivot_j^2 times what rounding leaves. GPTQ takes
+the factor of the inverse instead: two Cholesky factorisations and an inversion for the same numbers (arXiv 2307.13304).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fewbit.base.errors import InputError
+
+LADDER = (1.0, 10.0, 100.0, 1000.0)  # times the damping asked for
+DOUBLE = 4096  # up to this size factors are computed in float64; a larger one takes float32
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """The factor of one gram.
+
+    Attributes:
+        upper: float32 [n, n], strictly upper: entry (k, j) is how much of column k's error column j takes over.
+        pivot: float32 [n], > 0: weight of the square of what rounding column j leaves is pivot^2.
+        dead: bool [n], inputs that were never anything but zero; nothing is fed to or from them.
+        damping: the share of the mean diagonal that was added in the end.
+        notes: what was out of the ordinary.
+    """
+
+    upper: torch.Tensor
+    pivot: torch.Tensor
+    dead: torch.Tensor
+    damping: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def order(self) -> int:
+        return self.pivot.numel()
+
+
+def damped(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gram + damping * mean diagonal * identity with dead columns made independent, dead); the gram's dtype.
+
+    Raises:
+        InputError: FB-E0705 when the gram holds NaN or infinity, or has no positive entry on its diagonal.
+    """
+    diagonal = gram.diagonal()
+    if not bool(torch.isfinite(gram).all()):
+        raise InputError("FB-E0705", "the gram of the inputs holds NaN or infinity")
+    dead = diagonal <= 0
+    if bool(dead.all()):
+        raise InputError("FB-E0705", "the inputs were all zero")
+    mean = diagonal[~dead].mean()
+    out = torch.where(dead[:, None] | dead[None, :], torch.zeros((), dtype=gram.dtype, device=gram.device), gram)
+    out.diagonal().add_(damping * mean)
+    return out, dead
+
+
+def feedback_factor(gram: torch.Tensor, damping: float = 0.01, *, permutation: torch.Tensor | None = None) -> Feedback:
+    """Factor a gram for error feedback, raising the damping until it succeeds.
+
+    Args:
+        gram: floating [n, n], symmetric, positive semi-definite up to rounding; any scale.
+        damping: share of the mean diagonal to add.
+        permutation: int64 [n]: visit column permutation[j] as the j-th.
+
+    Raises:
+        InputError: FB-E0705 when the gram is not finite, all zero, or cannot be factored with any damping of the ladder.
+    """
+    dtype = torch.float64 if gram.shape[0] <= DOUBLE else torch.float32
+    if permutation is not None:
+        gram = gram[permutation][:, permutation]
+    notes: list[str] = []
+    for step in LADDER:
+        matrix, dead = damped(gram.to(dtype), damping * step)
+        lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))  # J H J = L L^T  =>  H = (J L J)(J L J)^T, J L J upper
+        upper = lower.flip(0, 1)
+        if int(info) == 0 and bool(torch.isfinite(upper).all()):
+            pivot = upper.diagonal().clone()
+            upper = upper.div_(pivot).triu_(1)
+            return Feedback(upper.float(), pivot.float(), dead, damping * step, tuple(notes))
+        notes.append(f"damping of {damping * step:g} did not make the gram positive definite")
+    raise InputError("FB-E0705", f"the gram cannot be factored even with damping of {damping * LADDER[-1]:g}")
+
+
+def solve_damped(gram: torch.Tensor, rhs: torch.Tensor, damping: float = 0.01) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """rhs (gram + damping)^-1 by Cholesky: rhs [rows, n] -> float32 [rows, n] and notes; dead columns give rhs / damping as is.
+
+    Raises:
+        InputError: FB-E0705 as for `feedback_factor`.
+    """
+    dtype = torch.float64 if gram.shape[0] <= DOUBLE else torch.float32
+    notes: list[str] = []
+    for step in LADDER:
+        matrix, _ = damped(gram.to(dtype), damping * step)
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        if int(info) == 0:
+            solved = torch.cholesky_solve(rhs.to(dtype).T, lower).T
+            if bool(torch.isfinite(solved).all()):
+                return solved.float().contiguous(), tuple(notes)
+        notes.append(f"damping of {damping * step:g} did not make the gram positive definite")
+    raise InputError("FB-E0705", f"the gram cannot be factored even with damping of {damping * LADDER[-1]:g}")
