@@ -1,0 +1,72 @@
+"""Seeing what goes into every matrix product of a block, whatever module computes it.
+
+An `Observer` is a torch function mode: while it is active, each linear product whose weight is a tracked tensor (or a slice of one:
+an expert of a stack) is reported with its input. No hooks on module classes: nn.Linear, GPT-2's Conv1D and stacked experts look alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_LINEAR = {torch.nn.functional.linear}
+_MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm}
+_ADDMM = {torch.addmm, torch.Tensor.addmm}
+
+
+@dataclass(frozen=True)
+class Use:
+    """One product with a tracked weight.
+
+    Attributes:
+        param: name that the weight is tracked under.
+        expert: index of the slice, or None when the weight was used whole.
+        x: the input, [..., in].
+    """
+
+    param: str
+    expert: int | None
+    x: torch.Tensor
+
+
+class StopForward(Exception):
+    """Raised by an observer's callback when the rest of a forward pass is not needed."""
+
+
+class Observer(TorchFunctionMode):
+    """Reports products with tracked weights.
+
+    Args:
+        tracked: name -> weight tensor, as the forward pass will use it.
+        on_use: called with each `Use` before the product; may return a tensor that takes the input's place.
+    """
+
+    def __init__(self, tracked: Mapping[str, torch.Tensor], on_use: Callable[[Use], torch.Tensor | None]) -> None:
+        super().__init__()
+        self._by_storage = {weight.untyped_storage().data_ptr(): (name, weight) for name, weight in tracked.items()}
+        self._on_use = on_use
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        position = 0 if func in _LINEAR or func in _MATMUL else 1 if func in _ADDMM else None
+        if position is not None and len(args) > position + 1:
+            found = self._find(args[position + 1])
+            if found is not None:
+                replaced = self._on_use(Use(found[0], found[1], args[position]))
+                if replaced is not None:
+                    args = (*args[:position], replaced, *args[position + 1 :])
+        return func(*args, **(kwargs or {}))
+
+    def _find(self, weight: Any) -> tuple[str, int | None] | None:
+        if not isinstance(weight, torch.Tensor):
+            return None
+        found = self._by_storage.get(weight.untyped_storage().data_ptr())
+        if found is None:
+            return None
+        name, whole = found
+        if whole.dim() == 3 and weight.dim() == 2:
+            return name, (weight.storage_offset() - whole.storage_offset()) // whole.stride(0)
+        return name, None
