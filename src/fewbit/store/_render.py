@@ -7,6 +7,7 @@ Reads {"path", "template", "values", "memory", "seconds", "output"} as JSON on s
 import datetime
 import json
 import sys
+import typing
 
 
 def limit(memory, seconds):
@@ -25,7 +26,7 @@ def environment():
     from jinja2 import ext, sandbox
 
     class Generation(ext.Extension):
-        tags = {"generation"}
+        tags: typing.ClassVar = {"generation"}
 
         def parse(self, parser):
             line = next(parser.stream).lineno
@@ -44,7 +45,9 @@ def environment():
     made.filters["tojson"] = tojson
     for name in ("lipsum", "cycler", "joiner"):
         made.globals.pop(name, None)
-    made.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.datetime.now().strftime(form))
+    made.globals.update(
+        raise_exception=raise_exception, strftime_now=lambda form: datetime.datetime.now().strftime(form)
+    )
     return made
 
 

@@ -62,7 +62,9 @@ def read_config(root: Path, required: bool) -> tuple[dict[str, Any], tuple[str, 
         return {}, ("there is no config.json beside the weights; nothing is known about the model but its tensors",)
     raw = strictjson.load_object(path, "FB-E0201", max_bytes=16 << 20)
     dropped: list[str] = []
-    return _safe(raw, "", dropped), tuple(f"config.json: {key} is dropped; keys that are private or ask to run code are never honoured" for key in dropped)
+    return _safe(raw, "", dropped), tuple(
+        f"config.json: {key} is dropped; keys that are private or ask to run code are never honoured" for key in dropped
+    )
 
 
 def _safe(value: Any, at: str, dropped: list[str]) -> Any:
@@ -158,7 +160,9 @@ def _check_embedding(text: dict[str, Any], embedding: TensorInfo, path: Path) ->
     if vocab is not None and rows < vocab:
         what = f"config.json says vocab_size {vocab}, the embedding {list(embedding.shape)} has only {rows} rows"
         raise InputError("FB-E0203", what, tensor=embedding.name, file=path)
-    return [f"{embedding.name} has {rows} rows for a vocabulary of {vocab}"] if vocab is not None and rows > vocab else []
+    return (
+        [f"{embedding.name} has {rows} rows for a vocabulary of {vocab}"] if vocab is not None and rows > vocab else []
+    )
 
 
 def _check_layers(text: dict[str, Any], manifest: Manifest, path: Path) -> None:

@@ -13,7 +13,7 @@ from fewbit.base.manifest import Manifest, TensorInfo
 from fewbit.base.record import digest
 from fewbit.store import config as configs
 from fewbit.store import sniff, strictjson
-from fewbit.store.fileio import OpenFile, hash_file
+from fewbit.store.fileio import OpenFile, ReadableFile, hash_file
 from fewbit.store.safetensors import Header, read_header
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 INDEX_SUFFIX = ".safetensors.index.json"
 _NUMBERED = re.compile(r"(.*?)-?(\d{5,6})-of-(\d{5,6})\.safetensors\Z")
 # beside the weights, these belong to the model: tokenizer, processor, generation, template, licence and card
-_AUX_NAMES = (
+AUX_NAMES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "preprocessor_config.json",
     "processor_config.json", "video_preprocessor_config.json", "chat_template.json", "chat_template.jinja", "modules.json",
@@ -50,9 +50,24 @@ class Weights:
     warnings: tuple[str, ...]
 
 
-def find_weights(root: Path) -> Weights:
+class Folder:
+    """A folder of files: their names now, a file itself when asked."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.names = tuple(sorted(child.name for child in root.iterdir()))
+
+    def has(self, name: str) -> bool:
+        return os.path.lexists(self.root / name)
+
+    def fetch(self, name: str) -> Path:
+        """A path on this machine that holds the file."""
+        return self.root / name
+
+
+def find_weights(folder: Folder) -> Weights:
     """Decides which files of a folder are its weights."""
-    names = sorted(child.name for child in root.iterdir())
+    root, names = folder.root, folder.names
     found = [name for name in names if name.endswith(".safetensors")]
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if len(indexes) > 1:
@@ -61,12 +76,12 @@ def find_weights(root: Path) -> Weights:
     if indexes:
         single = indexes[0].removesuffix(".index.json")
         if single in found:
-            weights = read_index(root / indexes[0])
+            weights = read_index(folder, indexes[0])
             if weights.files != (single,):
                 what = f"both {single} and {indexes[0]}, which lists other files, lie in the folder"
                 raise InputError("FB-E0126", what, file=root)
             return weights
-        return read_index(root / indexes[0])
+        return read_index(folder, indexes[0])
     if "model.safetensors" in found:
         others = tuple(f"{name} is not part of the checkpoint" for name in found if name != "model.safetensors")
         return Weights(("model.safetensors",), None, None, others)
@@ -97,41 +112,42 @@ def _numbered(root: Path, found: list[str]) -> Weights:
     raise InputError("FB-E0126", what, file=root, remedy="give the path of one file, or add the index json")
 
 
-def read_index(path: Path) -> Weights:
-    """Reads and checks a sharded index; see the index codes FB-E0121 .. FB-E0124."""
+def read_index(folder: Folder, name: str) -> Weights:
+    """Reads and checks a sharded index of a folder; see the index codes FB-E0121 .. FB-E0124."""
+    path = folder.fetch(name)
     sniff_text(path)
     index = strictjson.load_object(path, "FB-E0121", max_values=4_000_000)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError("FB-E0121", "weight_map must be an object of tensor names and file names", file=path)
-    for name, file in weight_map.items():
+    for tensor, file in weight_map.items():
         if not isinstance(file, str):
             what = f"weight_map gives a {type(file).__name__} instead of a file name"
-            raise InputError("FB-E0121", what, tensor=name, file=path)
+            raise InputError("FB-E0121", what, tensor=tensor, file=path)
     files = tuple(sorted(set(weight_map.values())))
     for file in files:
         check_inside(path, file)
-        if not os.path.lexists(path.parent / file):
-            names = [name for name, where in weight_map.items() if where == file]
-            what = f"the shard {file}, with {len(names)} tensors of the index, is missing"
-            raise InputError("FB-E0123", what, tensor=names[0], file=path.parent / file)
-    warnings = _unlisted(path, files)
+        if not folder.has(file):
+            inside = [tensor for tensor, where in weight_map.items() if where == file]
+            what = f"the shard {file}, with {len(inside)} tensors of the index, is missing"
+            raise InputError("FB-E0123", what, tensor=inside[0], file=path.parent / file)
+    warnings = _unlisted(folder, files)
     metadata = index.get("metadata")
     size = metadata.get("total_size") if isinstance(metadata, dict) else None
     return Weights(files, weight_map, size if type(size) in (int, float) else None, warnings)
 
 
-def _unlisted(index: Path, files: tuple[str, ...]) -> tuple[str, ...]:
+def _unlisted(folder: Folder, files: tuple[str, ...]) -> tuple[str, ...]:
     """An unlisted shard of the same series is an error; any other safetensors file is worth a sentence."""
     series = {(part[1], part[3]) for part in map(_NUMBERED.match, files) if part}
     warnings = []
-    for name in sorted(child.name for child in index.parent.iterdir() if child.name.endswith(".safetensors")):
-        if name in files:
+    for name in folder.names:
+        if not name.endswith(".safetensors") or name in files:
             continue
         part = _NUMBERED.match(name)
         if part and (part[1], part[3]) in series:
             what = f"the shard {name} lies in the folder but the index does not list it"
-            raise InputError("FB-E0124", what, file=index.parent / name)
+            raise InputError("FB-E0124", what, file=folder.root / name)
         warnings.append(f"{name} is not part of the checkpoint")
     return tuple(warnings)
 
@@ -171,11 +187,21 @@ def sniff_text(path: Path) -> None:
 
 
 class LocalSource:
-    """A checkpoint of safetensors files on this machine; see `checkpoint.Source`."""
+    """A checkpoint of safetensors files; see `checkpoint.Source`.
 
-    def __init__(self, root: Path, weights: Weights, config: dict[str, Any], warnings: tuple[str, ...]) -> None:
+    Args:
+        root: the folder.
+        weights: its files.
+        config, warnings: from `read_config`.
+        opened: files already open, by relative path; the others are opened under `root`.
+    """
+
+    def __init__(
+        self, root: Path, weights: Weights, config: dict[str, Any], warnings: tuple[str, ...],
+        opened: dict[str, ReadableFile] | None = None,
+    ) -> None:  # fmt: skip
         self.root, self.config = root, config
-        self._open: dict[str, OpenFile] = {}
+        self._open = dict(opened or {})
         self._reader: Files | None = None
         try:
             headers = {name: self._header(name) for name in weights.files}
@@ -189,9 +215,9 @@ class LocalSource:
         self.warnings = weights.warnings + noted + found + warnings + code_warnings(self.aux_files)
 
     def _header(self, name: str) -> Header:
-        path = self.root / name
-        sniff.require_safetensors(path)
-        self._open[name] = OpenFile(path)
+        if name not in self._open:
+            sniff.require_safetensors(self.root / name)
+            self._open[name] = OpenFile(self.root / name)
         return read_header(self._open[name], name)
 
     def _files(self) -> Files:
@@ -223,7 +249,7 @@ class LocalSource:
         facts = []
         for name, file in self._open.items():
             file.check()
-            data = hash_file(file) if full else [file.stamp.size, file.stamp.mtime_ns]
+            data = hash_file(file) if full else file.identity
             facts.append([name, self._hashes[name], data])
         return digest({"files": facts, "config": self.config})
 
@@ -268,7 +294,7 @@ def _twice(first: TensorInfo, second: TensorInfo, source: LocalSource) -> str:
 
 def aux_files(root: Path) -> tuple[Path, ...]:
     """The files of a folder that belong to the model beside weights and config, ordinary files only."""
-    named = [root / name for name in _AUX_NAMES]
+    named = [root / name for name in AUX_NAMES]
     suffixed = sorted(child for child in root.iterdir() if child.name.endswith(_AUX_SUFFIXES) and child not in named)
     extra = sorted((root / "additional_chat_templates").glob("*.jinja"))
     roots = allowed_roots(root.resolve())
@@ -291,15 +317,19 @@ def open_local(path: Path, revision: str | None = None) -> LocalSource:
     if revision is not None:
         raise InputError("FB-E0120", "a revision is for a hub id, this is a path on disk", file=path)
     if path.is_dir():
-        root, weights = path, find_weights(path)
+        root, weights = path, find_weights(Folder(path))
     elif path.name.endswith(".json"):
-        root, weights = path.parent, read_index(path)
+        root, weights = path.parent, read_index(Folder(path.parent), path.name)
     else:
         root, weights = path.parent, Weights((path.name,), None, None, ())
     config, warnings = configs.read_config(root, required=path.is_dir())
-    source = LocalSource(root, weights, config, warnings)
+    return checked(LocalSource(root, weights, config, warnings))
+
+
+def checked(source: LocalSource) -> LocalSource:
+    """The source, its config found to agree with its tensors; closed if not."""
     try:
-        source.warnings += configs.check_config(config, source.manifest, root, source.same_bytes)
+        source.warnings += configs.check_config(source.config, source.manifest, source.root, source.same_bytes)
     except BaseException:
         source.close()
         raise

@@ -9,6 +9,7 @@ import stat
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from fewbit.base.errors import InputError
 
@@ -89,6 +90,11 @@ class OpenFile:
         self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
         self.stamp = Stamp.of(os.fstat(self.fd))
 
+    @property
+    def identity(self) -> list[int | str]:
+        """What tells this content from another under the same name, without reading it."""
+        return [self.stamp.size, self.stamp.mtime_ns]
+
     def read_into(self, view: memoryview, offset: int, tensor: str | None = None) -> None:
         """Fills `view` (bytes) from `offset`, then checks that the file is still the one that was opened."""
         count = pread_into(self.fd, view, offset)
@@ -116,7 +122,23 @@ class OpenFile:
             self.fd = -1
 
 
-def hash_file(file: OpenFile, chunk: int = 8 << 20) -> str:
+class ReadableFile(Protocol):
+    """A file open for reading by position: on this machine (`OpenFile`) or elsewhere."""
+
+    path: Path
+    stamp: Stamp
+
+    @property
+    def identity(self) -> list[int | str]: ...
+
+    def read_into(self, view: memoryview, offset: int, tensor: str | None = None) -> None: ...
+
+    def check(self, tensor: str | None = None) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def hash_file(file: ReadableFile, chunk: int = 8 << 20) -> str:
     """sha256 of a whole open file, hex."""
     state = hashlib.sha256()
     buffer = memoryview(bytearray(chunk))

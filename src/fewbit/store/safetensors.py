@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from fewbit.base.errors import InputError
 from fewbit.base.manifest import DTYPE_BITS, TensorInfo
 from fewbit.store import strictjson
-from fewbit.store.fileio import OpenFile
+from fewbit.store.fileio import OpenFile, ReadableFile
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_TENSORS = 100_000  # per file; the largest public shards hold a tenth of it
@@ -74,7 +74,7 @@ class Header:
     warnings: tuple[str, ...]
 
 
-def read_header(file: OpenFile, relative: str) -> Header:
+def read_header(file: ReadableFile, relative: str) -> Header:
     """Reads and checks the header of an open file.
 
     Args:

@@ -25,10 +25,14 @@ def chat_template(root: Path) -> str | None:
     """
     jinja, config = root / "chat_template.jinja", root / "tokenizer_config.json"
     if jinja.is_file():
-        data = jinja.read_bytes()[: MAX_TEMPLATE_BYTES + 1]
-        return _checked(data.decode("utf-8", "replace"), jinja)
+        with open(jinja, "rb") as file:
+            return _checked(file.read(MAX_TEMPLATE_BYTES + 1).decode("utf-8", "replace"), jinja)
     for path in (root / "chat_template.json", config):
-        found = strictjson.load_object(path, "FB-E0220", max_bytes=16 << 20).get("chat_template") if path.is_file() else None
+        found = (
+            strictjson.load_object(path, "FB-E0220", max_bytes=16 << 20).get("chat_template")
+            if path.is_file()
+            else None
+        )
         if isinstance(found, list):  # several by name
             named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
             found = named.get("default", next(iter(named.values()), None))

@@ -6,7 +6,6 @@ cut short under a mapping kills the process.
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 
 from fewbit.base.errors import InputError
 from fewbit.base.manifest import DTYPE_BITS, TensorInfo, data_bytes
-from fewbit.store.fileio import OpenFile
+from fewbit.store.fileio import ReadableFile
 
 # safetensors dtype -> torch dtype; sub-byte dtypes come as the raw bytes
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -65,16 +64,9 @@ class Files:
         files: relative path -> file already open.
     """
 
-    def __init__(self, root: Path, files: dict[str, OpenFile]) -> None:
+    def __init__(self, root: Path, files: dict[str, ReadableFile]) -> None:
         self.root = root
         self._files = files
-        self._lock = threading.Lock()
-
-    def file(self, relative: str) -> OpenFile:
-        with self._lock:
-            if relative not in self._files:
-                self._files[relative] = OpenFile(self.root / relative)
-            return self._files[relative]
 
     def read(self, info: TensorInfo) -> torch.Tensor:
         """The whole tensor, in memory of its own."""
@@ -94,15 +86,9 @@ class Files:
 
     def _read(self, info: TensorInfo, offset: int, nbytes: int, shape: tuple[int, ...]) -> torch.Tensor:
         buffer = np.empty(nbytes, np.uint8)
-        file = self.file(info.file)
+        file = self._files[info.file]
         file.read_into(memoryview(buffer), offset, info.name)
         try:
             return from_buffer(buffer, info.dtype, shape)
         except ValueError as error:
             raise InputError("FB-E0113", f"the tensor holds {error}", tensor=info.name, file=file.path) from None
-
-    def close(self) -> None:
-        with self._lock:
-            for file in self._files.values():
-                file.close()
-            self._files.clear()

@@ -11,7 +11,15 @@ from fewbit.base.manifest import Manifest
 from fewbit.store import strictjson
 from fewbit.store.config import find_embedding, text_config
 
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "sentencepiece.bpe.model")
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+    "sentencepiece.bpe.model",
+)
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _MAX_BYTES, _MAX_VALUES = 256 << 20, 8_000_000
 
