@@ -1,0 +1,108 @@
+"""Drives strangers: real loaders and rival quantisers, each in an environment of its own, by one JSON job and one JSON result.
+
+    result = run_driver("hf", "transformers", {"model": path, "prompts": [[1, 2, 3]], "logits": tmp_path / "logits.npz"})
+    logits = load_arrays(tmp_path / "logits.npz")
+
+The fields of a job and of its result are listed at the head of each file in drivers/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+STAMP = "fewbit-env.stamp"
+
+
+class DriverFailed(AssertionError):
+    """A stranger refused or crashed; `result` is what it answered, if it did."""
+
+    def __init__(self, message: str, result: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def envs_root() -> Path:
+    return Path(os.environ.get("FEWBIT_ENVS") or Path.home() / ".cache" / "fewbit-envs").expanduser()
+
+
+def interpreter(env: str) -> Path:
+    return envs_root() / env / "bin" / "python"
+
+
+def is_built(env: str) -> bool:
+    return (envs_root() / env / STAMP).exists()
+
+
+def require_env(env: str) -> None:
+    """Skip the test, saying how to build what it lacks; with FEWBIT_REQUIRE_ENGINES set, fail instead."""
+    if is_built(env):
+        return
+    message = f"SKIPPED FOR LACK OF AN ENGINE: no {env!r} below {envs_root()}; build it with: python dev/envs.py {env}"
+    if os.environ.get("FEWBIT_REQUIRE_ENGINES"):
+        pytest.fail(message, pytrace=False)
+    pytest.skip(message)
+
+
+def run_driver(env: str, driver: str, job: dict[str, Any], timeout: float = 280, check: bool = True) -> dict[str, Any]:
+    """Run drivers/<driver>_driver.py under the interpreter of `env`; the result, or DriverFailed unless `check` is False."""
+    require_env(env)
+    script = HERE / "drivers" / f"{driver}_driver.py"
+    done = subprocess.run(
+        [str(interpreter(env)), str(script)],
+        input=json.dumps(job, default=as_json),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout,
+        env=clean_environment(),
+        check=False,
+    )
+    lines = done.stdout.strip().splitlines()
+    crash = {"ok": False, "error": "Crash", "message": f"exit status {done.returncode} and no answer", "traceback": ""}
+    result: dict[str, Any] = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else crash
+    result["stderr"] = done.stderr[-8000:]
+    if check and not result["ok"]:
+        raise DriverFailed(
+            f"{driver} in {env}: {result['error']}: {result['message']}\n{result['traceback']}\n{done.stderr[-2000:]}",
+            result,
+        )
+    return result
+
+
+def clean_environment() -> dict[str, str]:
+    """Our environment without what would leak our Python into theirs, and with the network off."""
+    hidden = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONSTARTUP"}
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    return kept | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def as_json(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    raise TypeError(f"a job cannot carry a {type(value).__name__}; write arrays to a file and name it")
+
+
+def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    with np.load(path) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def sample_model() -> Path:
+    """The shipped sample model: samples/ of this checkout, or the folder shared beside it."""
+    places = (ROOT / "samples" / "sample", ROOT / "samples", ROOT.parent / "shared" / "models" / "sample")
+    for place in places:
+        if (place / "config.json").exists():
+            return place
+    pytest.skip(f"SKIPPED FOR LACK OF THE SAMPLE MODEL: none of {', '.join(map(str, places))} has a config.json")
