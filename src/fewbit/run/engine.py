@@ -245,7 +245,7 @@ class _Run:
         """The data-free answer for one job, tile by tile."""
         assert job.scheme is not None
         solver = SOLVERS[job.solver]
-        options = {name: value for name, value in self.plan.recipe["options"].items() if name in solver.options}
+        options = self.options_for(job)
         seed = self.plan.recipe["seed"]
         step, rows = tile_rows(job.scheme, job.shape, job.ops), job.shape[-2] if len(job.shape) > 1 else 1
         if step >= rows:
@@ -256,6 +256,10 @@ class _Run:
             weight = self.source.read_rows(job.name, start, min(rows, start + step))
             tiles.append(self._located(job, lambda w=weight: solver(w, None, job.scheme, seed=seed, options=options)))
         return join_rows(job.scheme, job.shape, tiles)
+
+    def options_for(self, job: Job) -> dict[str, Any]:
+        """The recipe's solver options that this job's solver has."""
+        return {name: value for name, value in self.plan.recipe["options"].items() if name in SOLVERS[job.solver].options}
 
     def _located(self, job: Job, call: Callable[[], Solved]) -> Solved:
         """Adds the tensor's name to an error that does not know it."""

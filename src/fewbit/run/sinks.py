@@ -48,6 +48,16 @@ class Sink(Protocol):
 
     def finish(self, record: dict[str, Any]) -> Path: ...
 
+    def flush(self) -> None: ...
+
+    def note(self, key: str, line: dict[str, Any]) -> None: ...
+
+    @property
+    def notes(self) -> dict[str, dict[str, Any]]: ...
+
+    @property
+    def scratch(self) -> Path: ...
+
     def close(self) -> None: ...
 
 
@@ -128,6 +138,21 @@ class SafetensorsSink:
     def _ledger(self) -> Ledger:
         assert self.ledger is not None, "open_journal comes first"
         return self.ledger
+
+    @property
+    def scratch(self) -> Path:
+        """Folder for a run's own records; it goes when the output is whole."""
+        return self.writer.scratch
+
+    @property
+    def notes(self) -> dict[str, dict[str, Any]]:
+        return self._ledger.notes
+
+    def note(self, key: str, line: dict[str, Any]) -> None:
+        self._ledger.note(key, line)
+
+    def flush(self) -> None:
+        self._ledger.flush()
 
     def is_done(self, job: Job) -> bool:
         """Whether an earlier run wrote this job; what it wrote is read back and compared with the journal's hashes."""
