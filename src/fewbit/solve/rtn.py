@@ -33,3 +33,11 @@ SOLVER = Solver(
     options={"search": "lsq", "steps": Search.steps, "percentile": Search.percentile},
     summary="round to nearest with scale search (absmax, minmax, percentile, mse, lsq); no calibration needed",
 )
+
+WEIGHTED = Solver(
+    name="imatrix",
+    needs=frozenset({"importance"}),
+    solve=solve,
+    options={"search": "lsq", "steps": Search.steps, "percentile": Search.percentile},
+    summary="round to nearest, errors weighted by the mean square of each input (what llama.cpp calls an importance matrix)",
+)
