@@ -81,25 +81,34 @@ def pack_leaf(grid: Grid, values: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=128)
-def _boundaries(grid: FloatGrid | Codebook, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [n - 1] upper ends of each level's interval and uint8 [n] codes in level order.
+def level_intervals(grid: FloatGrid | Codebook) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The levels of a small grid in order, and where one gives way to the next.
 
-    `bucketize` puts u into interval i when boundary[i-1] < u <= boundary[i]: a tie goes down. Where it has to go up, the
-    boundary is moved one float32 down. Signed float grids list their non-negative half.
+    Returns:
+        ends: float32 [n - 1]; u belongs to level i when ends[i-1] < u <= ends[i]. So a tie goes down; where it has to go up (to the
+            even code of a float grid) the end is one float32 lower.
+        levels: float32 [n], each level once. Signed float grids list their non-negative half.
+        codes: uint8 [n], the (first) code of each.
     """
     levels = grid.levels()
     if isinstance(grid, FloatGrid) and grid.signed:
         levels = levels[: len(levels) // 2]
     finite = np.flatnonzero(np.isfinite(levels))
     order = finite[np.argsort(levels[finite], kind="stable")]
-    order = order[np.concatenate([[True], np.diff(levels[order]) > 0])]  # of equal levels keep the first code
+    order = order[np.concatenate([[True], np.diff(levels[order]) > 0])]
     exact = (levels[order][1:] + levels[order][:-1]) / 2
-    edges = exact.astype(np.float32)
-    edges = np.where(edges > exact, np.nextafter(edges, np.float32(-np.inf)), edges)  # largest float32 <= midpoint
+    ends = exact.astype(np.float32)
+    ends = np.where(ends > exact, np.nextafter(ends, np.float32(-np.inf)), ends)  # largest float32 <= midpoint
     if isinstance(grid, FloatGrid):
-        goes_up = (order[:-1] % 2 == 1) & (edges == exact)
-        edges = np.where(goes_up, np.nextafter(edges, np.float32(-np.inf)), edges)
-    return torch.from_numpy(edges).to(device), torch.from_numpy(order.astype(np.uint8)).to(device)
+        goes_up = (order[:-1] % 2 == 1) & (ends == exact)
+        ends = np.where(goes_up, np.nextafter(ends, np.float32(-np.inf)), ends)
+    return ends, levels[order].astype(np.float32), order.astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=128)
+def _boundaries(grid: FloatGrid | Codebook, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    ends, _, codes = level_intervals(grid)
+    return torch.from_numpy(ends).to(device), torch.from_numpy(codes).to(device)
 
 
 def _nearest_vectors(grid: VectorGrid, u: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:

@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 
 from fewbit.base.errors import InputError
+from fewbit.math import fast
 from fewbit.math.nested import fit_nested
 from fewbit.math.rounding import nearest, pack_leaf, store
 from fewbit.math.search import Params, Search, Target, choose, units
@@ -53,7 +54,6 @@ def fit(
     Raises:
         InputError: FB-E0702 for non-finite weights, FB-E0701 for unsuitable importance, FB-E0601 for vector codes without a fitter.
     """
-    require_finite(w)
     for accepts, where in FITTERS:
         if accepts(scheme):
             module, _, name = where.partition(":")
@@ -97,7 +97,10 @@ def snap(scheme: Scheme, w: torch.Tensor, params: Params, importance: torch.Tens
     for chunk in chunks(w, importance, scheme.blocks):
         scale, z, v = (None if a is None else chunk.take(a) for a in arrays)
         triple = (torch.ones_like(chunk.x[:1, :1, :1, :1]) if scale is None else scale, z, v)
-        found = nearest(grid, units(chunk.x, triple), chunk.h if grid.dim > 1 else None)
+        if chunk.view is not None and fast.serves(grid):
+            found = fast.snap(chunk.view, grid, triple)
+        else:
+            found = nearest(grid, units(chunk.x, triple), chunk.h if grid.dim > 1 else None)
         b, r0, _, c0, _ = chunk.index
         r, c = r0 * tiling.block_rows, c0 * tiling.block_cols // grid.dim
         part = found.reshape(found.shape[0] * found.shape[1], -1)[: chunk.extent[0], : chunk.extent[1] // grid.dim]
@@ -164,6 +167,7 @@ def _fit_shared(scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None
     if means is None:
         raise InputError("FB-E0601", f"a shared value shift has one entry for the whole tensor, not as in {scheme}")
     shift = store(part.grid, means.contiguous())
+    require_finite(w)
     rest = fit(replace(scheme, value_shift=None), w.float() - shift.reshape(()), importance, search)
     return replace(rest, value_shift=pack_leaf(part.grid, shift))
 

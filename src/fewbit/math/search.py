@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from fewbit.math import fast
 from fewbit.math.rounding import round_levels, store, store_scale
 from fewbit.math.tiles import Chunk
 from fewbit.num.grid import Codebook, FloatGrid, Grid, IntGrid
@@ -80,12 +81,18 @@ Triple = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 def choose(target: Target, chunk: Chunk, search: Search) -> Triple:
     """Stored parameters for every block of a chunk."""
-    low, high = percentile_range(chunk, search.percentile) if search.method == "percentile" else chunk.extremes()
+    low, high = chunk.extremes()
+    if search.method == "percentile":
+        low, high = percentile_range(chunk, search.percentile)
     best = from_range(target, low, high)
     if not search.searches:
         return best
     error = error_of(target, chunk, best)
-    for candidate in candidates(target, chunk, low, high, search):
+    if search.method == "lsq" and _kernels_serve(target, chunk):
+        for candidate in fast_candidates(target, chunk.view, low, high, search):
+            best, error = _keep_better(target, chunk, candidate, best, error)
+        return best
+    for candidate in candidates(target, low, high, search):
         best, error = _keep_better(target, chunk, candidate, best, error)
         if search.method == "lsq":
             best, error = _keep_better(target, chunk, least_squares(target, chunk, candidate), best, error)
@@ -95,16 +102,49 @@ def choose(target: Target, chunk: Chunk, search: Search) -> Triple:
     return best
 
 
-def candidates(target: Target, chunk: Chunk, low: torch.Tensor, high: torch.Tensor, search: Search) -> list[Triple]:
+def _kernels_serve(target: Target, chunk: Chunk) -> bool:
+    shifted = target.code_shift is not None or target.value_shift is not None
+    return chunk.view is not None and fast.serves(target.grid) and (isinstance(target.grid, IntGrid) or not shifted)
+
+
+def fast_candidates(
+    target: Target, view: fast.View, low: torch.Tensor, high: torch.Tensor, search: Search
+) -> list[Triple]:
+    """The best parameters that the kernels find, rounded to storage."""
+    ratios, rounds = _ratios(target.grid, search), search.rounds
+    if target.scale is None or _bare_exponent(target.scale):
+        return candidates(target, low, high, search)
+    if target.code_shift is None and target.value_shift is None:
+        bases = torch.stack([_base(target, reach, low, high) for reach in _reaches(target)])
+        scale = fast.search_scale(view, target.grid, bases, ratios, rounds)
+        return [(_scale(target, scale, bases[0], keep=from_range(target, low, high)[0]), None, None)]
+    if isinstance(target.code_shift, IntGrid):
+        near = int(target.grid.bits <= 4)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale, zero = fast.search_zero(view, target.grid, low, high, ratios, near, rounds)
+        return [(_scale(target, scale, scale), store(target.code_shift, zero), None)]
+    if target.shift_down:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    scale, shift = fast.search_shift(view, target.grid, low, high, ratios, rounds, target.shift_down)
+    scale = _scale(target, scale, scale)
+    if target.value_shift is not None:
+        return [(scale, None, store(target.value_shift, shift))]
+    return [(scale, store(target.code_shift, torch.where(scale == 0, 0, -shift / scale)), None)]
+
+
+def candidates(target: Target, low: torch.Tensor, high: torch.Tensor, search: Search) -> list[Triple]:
     """Parameters from tighter (and slightly wider) ranges, and with the lopsided end of the grid on either side."""
     found = []
-    ratios = torch.linspace(_tightest(target.grid), 1.05, search.steps).tolist()
+    if target.scale is not None and _bare_exponent(target.scale):
+        plain = from_range(target, low, high)
+        return [
+            (_scale(target, plain[0] * factor, high - low, keep=plain[0]), *plain[1:]) for factor in (0.25, 0.5, 2.0)
+        ]
+    ratios = _ratios(target.grid, search)
     if target.code_shift is None and target.value_shift is None:
         for reach in _reaches(target):
-            extreme = torch.maximum(low.abs(), high.abs()) if reach is None else torch.where(high > -low, high, low)
-            for ratio in ratios:
-                scale = extreme * (ratio / (_reach(target.grid) if reach is None else reach))
-                found.append((_scale(target, scale, extreme), None, None))
+            base = _base(target, reach, low, high)
+            found += [(_scale(target, base * ratio, base), None, None) for ratio in ratios]
         return found
     middle, half = (low + high) / 2, (high - low) / 2
     for ratio in ratios:
@@ -200,6 +240,8 @@ def decode(levels: torch.Tensor, triple: Triple) -> torch.Tensor:
 
 def error_of(target: Target, chunk: Chunk, triple: Triple) -> torch.Tensor:
     """Weighted squared error of each block, [n, 1, m, 1]."""
+    if chunk.view is not None and fast.serves(target.grid):
+        return fast.errors(chunk.view, target.grid, triple)
 
     def squared(x: torch.Tensor, h: torch.Tensor | None) -> torch.Tensor:
         miss = (decode(round_levels(target.grid, units(x, triple)), triple) - x).square_()
@@ -241,7 +283,7 @@ def _scale(target: Target, value: torch.Tensor, extent: torch.Tensor, keep: torc
     if target.scale is None:
         return torch.ones_like(value)
     value = torch.where((extent != 0) & (value == 0), torch.finfo(torch.float32).tiny, value)
-    if isinstance(target.scale, FloatGrid) and target.scale.mantissa == 0 and keep is None:
+    if _bare_exponent(target.scale) and keep is None:
         value = (
             value.abs().log2().sub(1e-6).ceil().exp2()
         )  # bare exponents: the next power of two, so that nothing clips
@@ -249,6 +291,21 @@ def _scale(target: Target, value: torch.Tensor, extent: torch.Tensor, keep: torc
     if not target.negative:
         stored = stored.abs() if keep is None else torch.where(stored > 0, stored, keep)
     return torch.where(extent == 0, canonical_scale(target.grid, target.scale), stored)
+
+
+def _base(target: Target, reach: float | None, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """The scale that puts the larger extreme on the plain reach, or the signed one on the level `reach`."""
+    if reach is None:
+        return torch.maximum(low.abs(), high.abs()) / _reach(target.grid)
+    return torch.where(high > -low, high, low) / reach
+
+
+def _ratios(grid: Grid, search: Search) -> list[float]:
+    return torch.linspace(_tightest(grid), 1.05, search.steps).tolist()
+
+
+def _bare_exponent(grid: Grid) -> bool:
+    return isinstance(grid, FloatGrid) and grid.mantissa == 0
 
 
 def _one_sided(grid: Grid) -> bool:

@@ -14,6 +14,7 @@ that extremes stay true and sums do not count the padding.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ import torch
 from torch.nn.functional import pad
 
 from fewbit.base.errors import InputError
+from fewbit.math import fast
 from fewbit.num.blocks import Blocks, Tiling
 
 CHUNK = 1 << 22  # weights in one chunk: 16 MB per float32 temporary
@@ -31,26 +33,38 @@ class Chunk:
     """Some whole blocks of a tensor.
 
     Attributes:
-        x: float32 [n, block rows, m, block cols].
+        raw: floating [n, block rows, m, block cols], in the dtype of the weights; `x` is the same in float32.
         h: float32 of the same shape or broadcastable to it: weight of each squared error (0 in padding); None means 1.
         index: where the chunk's parameters lie in the array [batch, block rows, block cols]: (batch, first row, end row, first col, end col).
         extent: (rows, cols) of the chunk without padding.
+        source: the whole tensor.
     """
 
-    x: torch.Tensor
+    raw: torch.Tensor
     h: torch.Tensor | None
     index: tuple[int, int, int, int, int]
     extent: tuple[int, int]
+    source: torch.Tensor
+
+    @functools.cached_property
+    def x(self) -> torch.Tensor:
+        """float32 [n, block rows, m, block cols]."""
+        return self.raw.float()
+
+    @functools.cached_property
+    def view(self) -> fast.View | None:
+        """The chunk as the fast kernels take it, or None."""
+        return fast.view_of(self.raw, self.h)
 
     def pieces(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """(x, h) cut along the rows of a block, for blocks too large for one temporary."""
-        step = max(1, CHUNK // max(1, self.x[:, :1].numel()))
-        if step >= self.x.shape[1]:
+        step = max(1, CHUNK // max(1, self.raw[:, :1].numel()))
+        if step >= self.raw.shape[1]:
             yield self.x, self.h
             return
-        for i in range(0, self.x.shape[1], step):
+        for i in range(0, self.raw.shape[1], step):
             h = self.h if self.h is None or self.h.shape[1] == 1 else self.h[:, i : i + step]
-            yield self.x[:, i : i + step], h
+            yield self.raw[:, i : i + step].float(), h
 
     def total(self, function: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]) -> torch.Tensor:
         """Sum over each block of an elementwise function of (x, h): -> [n, 1, m, 1]."""
@@ -58,8 +72,20 @@ class Chunk:
         return sums[0] if len(sums) == 1 else torch.stack(sums).double().sum(0).float()
 
     def extremes(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lowest and highest x of each block, [n, 1, m, 1] each."""
-        return self.x.amin(dim=(1, 3), keepdim=True), self.x.amax(dim=(1, 3), keepdim=True)
+        """Lowest and highest x of each block, float32 [n, 1, m, 1] each.
+
+        Raises:
+            InputError: FB-E0702 for non-finite weights.
+        """
+        if self.view is not None:
+            low, high, finite = fast.extremes(self.view)
+        else:  # both propagate NaN
+            low = self.raw.amin(dim=(1, 3), keepdim=True).float()
+            high = self.raw.amax(dim=(1, 3), keepdim=True).float()
+            finite = bool((torch.isfinite(low) & torch.isfinite(high)).all())
+        if not finite:
+            require_finite(self.source)
+        return low, high
 
     def take(self, array: torch.Tensor) -> torch.Tensor:
         """This chunk's part of an array with one entry per block, as [n, 1, m, 1]."""
@@ -81,7 +107,7 @@ def chunks(w: torch.Tensor, importance: torch.Tensor | None, blocks: Blocks) -> 
     """All blocks of a tensor, in order, in chunks of about `CHUNK` weights (more only where one block is larger).
 
     Args:
-        w: floating [*batch, rows, cols]; each chunk is cast to float32.
+        w: floating [*batch, rows, cols]; a chunk is cast to float32 when it is looked at.
         importance: float32 [cols], [rows, cols] or [*batch, rows, cols], or None.
         blocks: the granularity.
     """
@@ -94,17 +120,21 @@ def chunks(w: torch.Tensor, importance: torch.Tensor | None, blocks: Blocks) -> 
     for b in range(x.shape[0]):
         for r in range(0, tiling.rows, rows):
             for c in range(0, tiling.cols, cols):
-                yield _chunk(
-                    x[b], None if h is None else h[b if h.shape[0] > 1 else 0], (b, r, c), (rows, cols), tiling
-                )
+                weight = None if h is None else h[b if h.shape[0] > 1 else 0]
+                yield _chunk(x[b], weight, (b, r, c), (rows, cols), tiling, w)
 
 
 def _chunk(
-    x: torch.Tensor, h: torch.Tensor | None, at: tuple[int, int, int], size: tuple[int, int], tiling: Tiling
+    x: torch.Tensor,
+    h: torch.Tensor | None,
+    at: tuple[int, int, int],
+    size: tuple[int, int],
+    tiling: Tiling,
+    source: torch.Tensor,
 ) -> Chunk:
     b, r, c = at
     br, bc = tiling.block_rows, tiling.block_cols
-    piece = x[r : r + size[0], c : c + size[1]].float()
+    piece = x[r : r + size[0], c : c + size[1]]
     extent = (piece.shape[0], piece.shape[1])
     n, m = -(-extent[0] // br), -(-extent[1] // bc)
     right, below = m * bc - extent[1], n * br - extent[0]
@@ -117,7 +147,7 @@ def _chunk(
     if h is not None:
         h = h.reshape(1, 1, m, bc) if h.shape[0] == 1 and n * br > 1 else h.reshape(n, br, m, bc)
     index = (b, r // br, r // br + n, c // bc, c // bc + m)
-    return Chunk(piece.reshape(n, br, m, bc), h, index, extent)
+    return Chunk(piece.reshape(n, br, m, bc), h, index, extent, source)
 
 
 def spread_importance(importance: torch.Tensor | None, shape: tuple[int, ...], tiling: Tiling) -> torch.Tensor | None:
