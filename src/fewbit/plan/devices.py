@@ -54,13 +54,10 @@ class Device:
         return dtype in self.tflops
 
     def rate(self, dtype: str) -> float:
-        """Operations a second in a dtype, or in the next wider one that it has; 0 when nothing is known."""
-        order = ("fp4", "fp8", "int8", "bf16", "fp16", "fp32")
-        wider = {"fp4": order, "fp8": ("fp8", "bf16", "fp16", "fp32"), "int8": ("int8", "bf16", "fp16", "fp32")}
-        for candidate in wider.get(dtype, ("bf16", "fp16", "fp32")):
-            if candidate in self.tflops and not (dtype == "fp4" and candidate == "int8"):
-                return self.tflops[candidate] * 1e12
-        return 0.0
+        """Operations a second in a dtype that it multiplies natively, 0 in others; 16-bit floats at the better of their two rates."""
+        if dtype in ("bf16", "fp16"):
+            return 1e12 * max(self.tflops.get("bf16", 0.0), self.tflops.get("fp16", 0.0))
+        return 1e12 * self.tflops.get(dtype, 0.0)
 
 
 @functools.cache

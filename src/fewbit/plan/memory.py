@@ -18,7 +18,7 @@ from fewbit.plan.jobs import Job
 from fewbit.plan.kv import KvLayer, kv_bytes
 from fewbit.plan.resources import BASE_BYTES, budget
 from fewbit.plan.shapes import Model, Weight
-from fewbit.plan.sizes import Size, Storage, weight_bytes, weight_scheme
+from fewbit.plan.sizes import Size, Storage, all_bytes, weight_bytes, weight_scheme
 
 CHUNK = 2048  # tokens of a prompt that an engine runs through the layers at once
 LONGEST = 1 << 24
@@ -135,8 +135,7 @@ def _bytes_by_layer(model: Model, storage: Storage) -> tuple[dict[int, int], int
     """(bytes of each layer, bytes outside that belong on the device, bytes of the embedding, which main memory can serve)."""
     per_layer: dict[int, int] = {}
     outside = held = 0
-    for weight in model.weights:
-        nbytes = weight_bytes(weight, storage)
+    for weight, nbytes in zip(model.weights, all_bytes(model, storage), strict=True):
         if weight.layer is not None and weight.kind != "vision":
             per_layer[weight.layer] = per_layer.get(weight.layer, 0) + nbytes
         elif weight.role == "embed" and not model.tied:
@@ -183,9 +182,9 @@ def nanoseconds_per_weight(storage: Storage) -> float:
 
 def quantize_cost(model: Model, storage: Storage, *, workers: int = 2, ram: int = 1 << 50) -> Cost:
     """Peak memory, disk and time of a data-free run for one output."""
-    jobs = [_job(weight, storage) for weight in model.weights for _ in range(min(weight.count, workers))]
+    jobs = [_job(weight, storage) for weight in _distinct(model) for _ in range(workers)]
     peak = quantize_memory(jobs, ram, workers)
-    disk = sum(weight_bytes(weight, storage) for weight in model.weights)
+    disk = sum(all_bytes(model, storage))
     weights = sum(weight.numel for weight in model.weights if weight_scheme(weight, storage) is not None)
     seconds = weights * nanoseconds_per_weight(storage) * 1e-9 / max(1, workers)
     return Cost(peak, disk, sum(weight.nbytes for weight in model.weights), seconds)
@@ -197,6 +196,11 @@ def quantize_memory(jobs: list[Job], ram: int, workers: int) -> int:
         return budget(jobs, ram, workers).peak
     except FewbitError:
         return budget(jobs, 1 << 60, 1).peak
+
+
+def _distinct(model: Model) -> list[Weight]:
+    """One weight of each shape and kind: the largest jobs are among them."""
+    return list({(weight.shape, weight.dtype, weight.kept, weight.role): weight for weight in model.weights}.values())
 
 
 def _job(weight: Weight, storage: Storage) -> Job:

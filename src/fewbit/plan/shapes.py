@@ -67,7 +67,7 @@ class Weight:
         return (prod(self.shape) * DTYPE_BITS.get(self.dtype, 16) + 7) // 8 * self.count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """What planning knows of a model.
 

@@ -7,6 +7,7 @@ too, and keeps vectors and routers in F32.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -39,6 +40,11 @@ class Storage:
         return parse_scheme(self.spelling)
 
     @property
+    def mixed(self) -> bool:
+        """Whether layers of one role may get different schemes."""
+        return self.container == "gguf"
+
+    @property
     def plain(self) -> bool:
         """Whether this is only a dtype for every tensor."""
         return self.scheme.is_leaf
@@ -53,15 +59,19 @@ STORAGES: dict[str, Storage] = {
         Storage("INT8 W8A8", "int8-channel", "compressed-tensors:w8a8", "int8"),
         Storage("Q8_0", "q8_0", "gguf:Q8_0", container="gguf"),
         Storage("Q6_K", "q6_k", "gguf:Q6_K", container="gguf"),
-        Storage("Q5_K", "q5_k", "gguf:Q5_K_S", container="gguf"),
+        Storage("Q5_K_M", "q5_k", "gguf:Q5_K_M", container="gguf"),
         Storage("NVFP4", "nvfp4", "compressed-tensors:nvfp4", "fp4"),
-        Storage("Q4_K", "q4_k", "gguf:Q4_K_S", container="gguf"),
+        Storage("INT4 g32", "int4-g32", "compressed-tensors:int4-g32"),
+        Storage("Q4_K_M", "q4_k", "gguf:Q4_K_M", container="gguf"),
         Storage("IQ4_XS", "iq4_xs", "gguf:IQ4_XS", container="gguf"),
         Storage("MXFP4", "mxfp4", "compressed-tensors:mxfp4", "fp4"),
         Storage("INT4 g128", "int4-g128", "compressed-tensors:int4-g128"),
+        Storage("INT4 g128 asym", "int4-g128-asym", "awq:int4-g128-asym"),
         Storage("NF4", "nf4-flat64-dq", "bitsandbytes:nf4"),
-        Storage("Q3_K", "q3_k", "gguf:Q3_K_S", container="gguf"),
+        Storage("Q3_K_M", "q3_k", "gguf:Q3_K_M", container="gguf"),
         Storage("Q2_K", "q2_k", "gguf:Q2_K", container="gguf"),
+        Storage("MLX 8-bit", "uint8-g64-min", "mlx:uint8-g64-min"),
+        Storage("MLX 4-bit", "uint4-g64-min", "mlx:uint4-g64-min"),
     )
 }
 
@@ -92,6 +102,23 @@ def gguf_scheme(weight: Weight, scheme: Scheme) -> Scheme | None:
 
 
 _FALLBACK = ((4.2, "iq4_nl"), (4.6, "q5_0"), (5.6, "q5_1"), (9.0, "q8_0"))  # llama.cpp's substitutes when a row is no multiple of 256
+
+
+# the storages that `fewbit plan` lists; the others differ from one of these in a detail only
+LISTED = ("FP32", "BF16", "FP8", "INT8 W8A8", "Q8_0", "Q6_K", "Q5_K_M", "NVFP4", "Q4_K_M", "IQ4_XS", "MXFP4", "INT4 g128", "NF4", "Q3_K_M", "Q2_K")
+
+
+@functools.lru_cache(maxsize=256)
+def all_bytes(model: Model, storage: Storage) -> tuple[int, ...]:
+    """Bytes of every weight of a model, in the order of `model.weights`; layers that are alike are computed once."""
+    known: dict[tuple, int] = {}
+    found = []
+    for weight in model.weights:
+        key = (weight.shape, weight.matrix, weight.dtype, weight.role, weight.kind, weight.kept, weight.count, weight.layer if storage.mixed else None)
+        if key not in known:
+            known[key] = weight_bytes(weight, storage)
+        found.append(known[key])
+    return tuple(found)
 
 
 def weight_bytes(weight: Weight, storage: Storage) -> int:
@@ -135,8 +162,7 @@ def size_of(model: Model, storage: Storage) -> Size:
     """Bytes of a model in one storage."""
     total = active = metadata = covered = 0
     by_kind: dict[str, int] = {}
-    for weight in model.weights:
-        nbytes = weight_bytes(weight, storage)
+    for weight, nbytes in zip(model.weights, all_bytes(model, storage), strict=True):
         total += nbytes
         by_kind[weight.kind] = by_kind.get(weight.kind, 0) + nbytes
         active += active_bytes(model, weight, nbytes)

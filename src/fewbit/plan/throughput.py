@@ -14,7 +14,7 @@ from fewbit.plan.devices import Device
 from fewbit.plan.kv import KvLayer, kv_bytes
 from fewbit.plan.memory import Use
 from fewbit.plan.shapes import Model
-from fewbit.plan.sizes import Size, Storage, active_bytes, weight_bytes
+from fewbit.plan.sizes import Size, Storage, active_bytes, all_bytes
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ def decode_bytes(model: Model, storage: Storage, layers: tuple[KvLayer, ...], us
     """
     touched = 1 - (1 - model.active_share) ** use.batch
     total = 0
-    for weight in model.weights:
-        nbytes = weight_bytes(weight, storage)
+    for weight, nbytes in zip(model.weights, all_bytes(model, storage), strict=True):
         total += round(nbytes * touched) if weight.kind == "experts" else active_bytes(model, weight, nbytes)
     return total + kv_bytes(layers, use.context, use.batch, use.kv_dtype)
 
@@ -56,12 +55,18 @@ def matmul_params(model: Model) -> int:
     )
 
 
-def prefill_operations(model: Model, context: int) -> float:
-    """Operations of a prompt: the head serves its last token only; causal attention sees half of the square of the context."""
+def prefill_operations(model: Model, layers: tuple[KvLayer, ...], context: int) -> float:
+    """Operations of a prompt: the head serves its last token only; causal attention sees half of the square of the context.
+
+    A window w lets a token see w earlier ones: w c - w^2 / 2 pairs in all.
+    """
     head = model.vocab_size * model.hidden_size
     heads = int(model.text.get("num_attention_heads") or model.text.get("n_head") or 0)
     head_dim = int(model.text.get("head_dim") or model.hidden_size // max(1, heads))
-    attention = 2 * 2 * heads * head_dim * context * context / 2 * model.layers
+    if model.text.get("kv_lora_rank"):
+        head_dim = (int(model.text["qk_nope_head_dim"]) + int(model.text["qk_rope_head_dim"]) + int(model.text["v_head_dim"])) // 2
+    seen = sum(layer.tokens(context) - layer.tokens(context) ** 2 / (2 * max(1, context)) for layer in layers if layer.values)
+    attention = 2 * 2 * heads * head_dim * context * seen
     return 2.0 * (matmul_params(model) - head) * context + 2.0 * head + attention
 
 
@@ -77,10 +82,10 @@ def speed(model: Model, size: Size, layers: tuple[KvLayer, ...], use: Use, devic
     """Ceilings of a model in one storage on a device that holds it all."""
     read = decode_bytes(model, size.storage, layers, use)
     dtype = compute_dtype(size.storage, device)
-    rate = device.tflops.get(dtype, 0.0) * 1e12
+    rate = device.rate(dtype)
     by_memory = use.batch * device.bandwidth / read if read else 0.0
     by_compute = rate / (2.0 * matmul_params(model)) if rate else 0.0
-    prefill = use.context * rate / prefill_operations(model, use.context) if rate else 0.0
+    prefill = use.context * rate / prefill_operations(model, layers, use.context) if rate else 0.0
     bound = "compute" if by_compute and by_memory > by_compute else "memory"
     decode = min(by_memory, by_compute) if by_memory and by_compute else by_memory or by_compute
     return Speed(decode, prefill, bound, dtype)
