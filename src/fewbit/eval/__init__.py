@@ -1,0 +1,1 @@
+"""Floor 6: measuring and verifying."""

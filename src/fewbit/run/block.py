@@ -76,7 +76,7 @@ class Calibrated:
         )
         self.scratch: Path = run.sinks[0].scratch
         self._check_same_text()
-        self.batch = max(1, BATCH_TOKENS // self.text.tokens.shape[1])
+        self.batch = min(self.text.tokens.shape[0], max(1, BATCH_TOKENS // self.text.tokens.shape[1]))
 
     def _vocabulary(self) -> int:
         sizes = [info.shape[0] for name, info in self.run.source.manifest.items() if len(info.shape) == 2 and "emb" in name or "wte" in name]
@@ -180,7 +180,7 @@ class Calibrated:
         """Which parameters share inputs, in the order in which the block uses them, from one pass over a batch."""
         uses: list[Use] = []
         with Observer({name: params[name] for name in by_param}, lambda use: uses.append(use)):
-            self.model.run_block(index, params, hidden[:1].to(self.model.device), _first(kwargs, hidden.shape[0]))
+            self.model.run_block(index, params, hidden[:1].to(self.model.device), self.model.arguments(kwargs, self.batch, 1))
         stages: list[Stage] = []
         last: torch.Tensor | None = None
         seen: set[str] = set()
@@ -229,13 +229,13 @@ class Calibrated:
                 raise StopForward
 
         with contextlib.suppress(StopForward), Observer({stage.params[0]: params[stage.params[0]]}, take):
-            self.model.run_block(index, params, hidden.to(self.model.device), _first(kwargs, self.batch, hidden.shape[0]))
+            self.model.run_block(index, params, hidden.to(self.model.device), self.model.arguments(kwargs, self.batch, hidden.shape[0]))
         return found
 
     def _advance(self, index: int, params: Params, kwargs: dict[str, Any], store: ActStore) -> None:
         for batch in range(len(store)):
             hidden = store.get(batch)
-            store.put(batch, self.model.run_block(index, params, hidden.to(self.model.device), _first(kwargs, self.batch, hidden.shape[0])))
+            store.put(batch, self.model.run_block(index, params, hidden.to(self.model.device), self.model.arguments(kwargs, self.batch, hidden.shape[0])))
 
     # ---- one tensor
 
@@ -338,18 +338,3 @@ def stack_experts(scheme: Scheme, shape: tuple[int, ...], parts: list[QTensor]) 
 
     codes = torch.stack([part.codes for part in parts])
     return QTensor(scheme, shape, codes, stacked("scale", scheme.scale), stacked("code_shift", scheme.code_shift), stacked("value_shift", scheme.value_shift))
-
-
-def _first(kwargs: dict[str, Any], whole: int, batch: int = 1) -> dict[str, Any]:
-    """A block's arguments for a batch smaller than the one they were recorded with."""
-    if batch == whole:
-        return kwargs
-    return {name: _cut(value, whole, batch) for name, value in kwargs.items()}
-
-
-def _cut(value: Any, whole: int, batch: int) -> Any:
-    if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == whole:
-        return value[:batch]
-    if isinstance(value, tuple):
-        return tuple(_cut(item, whole, batch) for item in value)
-    return value

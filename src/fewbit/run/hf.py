@@ -207,6 +207,11 @@ class BlockModel:
         params = {name.removeprefix(prefix): value for name, value in trunk.items() if name.startswith(prefix)}
         torch.func.functional_call(base, params, (tokens.to(self.device),), tie_weights=False, strict=False)
 
+    @staticmethod
+    def arguments(kwargs: dict[str, Any], recorded: int, batch: int) -> dict[str, Any]:
+        """A block's arguments for `batch` sequences, from those that were recorded with `recorded` sequences."""
+        return kwargs if batch == recorded else {name: _cut(value, recorded, batch) for name, value in kwargs.items()}
+
     def run_block(self, index: int, params: Params, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """One block on hidden states [batch, length, width] with the given parameters."""
         out = torch.func.functional_call(self.blocks[index], params, (hidden,), kwargs, tie_weights=False, strict=True)
@@ -230,6 +235,15 @@ class BlockModel:
         finally:
             for block in self.blocks:
                 del block.forward
+
+
+def _cut(value: Any, recorded: int, batch: int) -> Any:
+    """Masks and positions that have one entry per sequence, for fewer sequences."""
+    if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == recorded:
+        return value[:batch]
+    if isinstance(value, tuple):
+        return tuple(_cut(item, recorded, batch) for item in value)
+    return value
 
 
 def find_blocks(module: nn.Module) -> tuple[str, list[nn.Module]]:
