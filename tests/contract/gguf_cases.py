@@ -6,8 +6,34 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-KINDS = {"u8": 0, "i8": 1, "u16": 2, "i16": 3, "u32": 4, "i32": 5, "f32": 6, "bool": 7, "str": 8, "arr": 9, "u64": 10, "i64": 11, "f64": 12}
-CODES = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f", "bool": "B", "u64": "Q", "i64": "q", "f64": "d"}
+KINDS = {
+    "u8": 0,
+    "i8": 1,
+    "u16": 2,
+    "i16": 3,
+    "u32": 4,
+    "i32": 5,
+    "f32": 6,
+    "bool": 7,
+    "str": 8,
+    "arr": 9,
+    "u64": 10,
+    "i64": 11,
+    "f64": 12,
+}
+CODES = {
+    "u8": "B",
+    "i8": "b",
+    "u16": "H",
+    "i16": "h",
+    "u32": "I",
+    "i32": "i",
+    "f32": "f",
+    "bool": "B",
+    "u64": "Q",
+    "i64": "q",
+    "f64": "d",
+}
 
 
 def string(value: str | bytes, length: int | None = None) -> bytes:
@@ -25,7 +51,11 @@ def pair(key: str | bytes, kind: str, value: object) -> bytes:
 
 def list_pair(key: str, kind: str, values: Iterable[object], count: int | None = None) -> bytes:
     items = [scalar(kind, value) for value in values]
-    return string(key) + struct.pack("<IIQ", KINDS["arr"], KINDS[kind], len(items) if count is None else count) + b"".join(items)
+    return (
+        string(key)
+        + struct.pack("<IIQ", KINDS["arr"], KINDS[kind], len(items) if count is None else count)
+        + b"".join(items)
+    )
 
 
 def tensor(name: str | bytes, dims: tuple[int, ...], number: int, offset: int, n_dims: int | None = None) -> bytes:
@@ -58,7 +88,10 @@ class File:
     alignment: int = 32
 
     def bytes(self) -> bytes:
-        counts = [len(own) if said is None else said for own, said in ((self.tensors, self.n_tensors), (self.pairs, self.n_pairs))]
+        counts = [
+            len(own) if said is None else said
+            for own, said in ((self.tensors, self.n_tensors), (self.pairs, self.n_pairs))
+        ]
         head = self.magic + struct.pack("<IQQ", self.version, *counts) + b"".join(self.pairs + self.tensors)
         return head + bytes(-len(head) % self.alignment) + self.data
 

@@ -78,7 +78,9 @@ def test_lies_cost_no_memory(tmp_path: Path) -> None:
     for number, (build, _) in enumerate(CASES.values()):
         (tmp_path / f"{number:03d}.gguf").write_bytes(build())
     source = str(Path(__file__).parents[2] / "src")
-    run = subprocess.run([sys.executable, "-c", _BOUNDED, source, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", _BOUNDED, source, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, run.stderr
     assert "accepted" not in json.loads(run.stdout).values()
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 400 << 10
@@ -86,7 +88,11 @@ def test_lies_cost_no_memory(tmp_path: Path) -> None:
 
 def test_parts_must_belong_together(tmp_path: Path) -> None:
     def part(number: int, count: int, total: int, tensors: list[bytes], data: bytes) -> bytes:
-        split = [pair("split.no", "u16", number), pair("split.count", "u16", count), pair("split.tensors.count", "i32", total)]
+        split = [
+            pair("split.no", "u16", number),
+            pair("split.count", "u16", count),
+            pair("split.tensors.count", "i32", total),
+        ]
         return File(pairs=split, tensors=tensors, data=data).bytes()
 
     def put(first: bytes, second: bytes | None) -> Path:
@@ -120,7 +126,25 @@ def test_parts_must_belong_together(tmp_path: Path) -> None:
         assert caught.value.code == "FB-E0313", what
 
 
-_BOUNDARIES = [0, 1, 2, 31, 33, 63, 64, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64 - 64]
+_BOUNDARIES = [
+    0,
+    1,
+    2,
+    31,
+    33,
+    63,
+    64,
+    2**15,
+    2**16,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+    2**64 - 64,
+]
 
 
 @st.composite

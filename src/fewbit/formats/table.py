@@ -97,6 +97,9 @@ class Format:
 # name -> module that defines FORMAT (or module:NAME of the row); the order is the order of detection and of `fewbit formats`
 _ROWS: dict[str, str] = {
     "compressed-tensors": "fewbit.formats.compressed",
+    "gptq": "fewbit.formats.gptq",
+    "gptq-v2": "fewbit.formats.gptq:V2",
+    "awq": "fewbit.formats.awq",
     "dense": "fewbit.formats.dense",
     "dense-f16": "fewbit.formats.dense:F16",
     "dense-f32": "fewbit.formats.dense:F32",
