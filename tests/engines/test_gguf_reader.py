@@ -37,7 +37,9 @@ class Oracle:
     def accepts(self, path: Path) -> bool:
         if self.process is None:
             command = [sys.executable, "-c", _ORACLE, str(Path(__file__).parent)]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
         self.process.stdin.write(f"{path}\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline().strip()

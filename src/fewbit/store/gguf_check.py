@@ -41,7 +41,7 @@ _TYPES: dict[str, str] = {
     "split.count": "u16",
     "split.tensors.count": "i32",
 }
-_TOKEN_IDS = ("bos", "eos", "eot", "unknown", "separator", "padding", "mask", "cls")
+_TOKEN_IDS = ("bos", "eos", "eot", "unknown", "seperator", "padding", "mask", "cls")
 
 
 def check_metadata(metadata: Metadata, tensors: Mapping[str, TensorInfo], file: object) -> None:

@@ -1,0 +1,216 @@
+"""A whole GGUF, planned from a manifest, a config and the tokeniser's files: no tensor is read and torch is not imported.
+
+plan = gguf_plan(manifest, config, files, "Q4_K_M")
+plan.tensors        what to write: name, sources, ops, shape, type, scheme, reason
+plan.metadata       all keys of the file
+plan.layout_rows()  for store.gguf_layout.lay_out_gguf
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from fewbit.base.errors import FewbitError, InputError, Refusals
+from fewbit.formats.gguf import metadata as meta
+from fewbit.formats.gguf.families import Family, check_config, family_of, model_metadata, prepared
+from fewbit.formats.gguf.metadata import Metadata
+from fewbit.formats.gguf.recipes import Choice, ModelFacts, Recipe, choose, recipe_named
+from fewbit.formats.gguf.targets import Info, Target, expand
+from fewbit.formats.gguf.types import FLOATS, block_type
+from fewbit.formats.gguf.vocabulary import Vocabulary, read_vocabulary
+from fewbit.num.scheme import Scheme
+
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the file.
+
+    Attributes:
+        name: GGUF name.
+        reads, ops, shape, dtype, values: see `targets.Target`.
+        type: GGML type name.
+        scheme: the same as a scheme, None for F32, F16 and BF16.
+        reason: why this type.
+        needs_imatrix: whether the type is useless without an importance matrix, and none was announced.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    ops: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    type: str
+    scheme: Scheme | None
+    reason: str
+    values: tuple[float, ...] = ()
+    needs_imatrix: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        row = block_type(self.type)
+        return prod(self.shape) // row.block * row.nbytes
+
+
+@dataclass(frozen=True)
+class GgufPlan:
+    """Everything that decides the bytes of a GGUF except the weights.
+
+    Attributes:
+        family: the architecture's table.
+        recipe: how types were chosen.
+        tensors: in file order.
+        metadata: all keys, typed.
+        notes: what is worth saying to the user.
+    """
+
+    family: Family
+    recipe: Recipe
+    tensors: tuple[PlannedTensor, ...]
+    metadata: Metadata
+    notes: tuple[str, ...]
+
+    def layout_rows(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """(name, type, shape) of each tensor, for the layout."""
+        return ((tensor.name, tensor.type, tensor.shape) for tensor in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def gguf_plan(
+    manifest: Mapping[str, Info],
+    config: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    recipe: str = "Q4_K_M",
+    overrides: Mapping[str, str] | None = None,
+    *,
+    imatrix: bool = False,
+    name: str = "model",
+    pre: str | None = None,
+) -> GgufPlan:
+    """Plans the conversion and quantisation of a Hugging Face checkpoint.
+
+    Args:
+        manifest: source tensors: name -> dtype and shape.
+        config: config.json as plain data.
+        files: contents of the tokeniser files by name (see `vocabulary.FILES`); without any, the file carries no vocabulary.
+        recipe: a recipe of llama-quantize, or `pure-TYPE`.
+        overrides: pattern of GGUF names -> type; the first that matches wins.
+        imatrix: whether there will be an importance matrix; types that need one are marked otherwise.
+        name: for general.name.
+        pre: name of the pre-tokeniser, where the user knows better than fewbit.
+
+    Raises:
+        InputError: FB-E0320 .. FB-E0324, FB-E0330; several at once as `Refusals`.
+    """
+    family = family_of(config)
+    names = prepared(config, family)
+    refused: list[FewbitError] = []
+
+    def attempt(step: Any) -> Any:
+        try:
+            return step()
+        except InputError as error:
+            refused.append(error)
+            return None
+
+    chosen = attempt(lambda: recipe_named(recipe))
+    attempt(lambda: check_config(names, family))
+    own = attempt(lambda: model_metadata(names, family))
+    expanded = attempt(lambda: expand(manifest, names, family))
+    if expanded is None or own is None:
+        raise _all(refused)
+    targets, notes = expanded
+    rows = next(target.shape[0] for target in targets if target.name == "token_embd.weight")
+    vocabulary = attempt(lambda: _vocabulary(files, names, family, rows, pre))
+    facts = model_facts(own, family)
+    shapes = [(target.name, target.shape) for target in targets]
+    types = chosen and attempt(lambda: choose(shapes, chosen, facts, overrides, imatrix))
+    if refused:
+        raise _all(refused)
+    metadata = (
+        {"general.architecture": meta.text(family.name)}
+        | _general(name, chosen, targets)
+        | own
+        | _token_metadata(vocabulary, family, names, rows)
+    )
+    tensors = tuple(_planned(target, types[target.name]) for target in targets)
+    silent = ["no tokeniser was found: the file has no vocabulary and answers token ids only"] * (vocabulary is None)
+    return GgufPlan(family, chosen, tensors, metadata, (*notes, *silent, *(vocabulary.notes if vocabulary else ())))
+
+
+def _all(refused: list[FewbitError]) -> FewbitError:
+    return refused[0] if len(refused) == 1 else Refusals(refused)
+
+
+def model_facts(own: Metadata, family: Family) -> ModelFacts:
+    """What recipes ask of a model, from its metadata."""
+
+    def number(key: str, default: int) -> int:
+        value = own.get(f"{family.name}.{key}")
+        return int(value.data if not value.is_array else value.data[0]) if value else default
+
+    heads = number("attention.head_count", 1)
+    shared = number("attention.head_count_kv", heads)
+    return ModelFacts(
+        family.name, number("block_count", 0), number("expert_count", 0), heads // shared if shared else 0
+    )
+
+
+def _vocabulary(
+    files: Mapping[str, bytes], names: Mapping[str, Any], family: Family, rows: int, pre: str | None
+) -> Vocabulary | None:
+    if not any(name in files for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    return read_vocabulary(files, names, family.vocab, rows, pre)
+
+
+def _token_metadata(vocabulary: Vocabulary | None, family: Family, names: Mapping[str, Any], rows: int) -> Metadata:
+    found = vocabulary.metadata() if vocabulary else {"tokenizer.ggml.model": meta.text("no_vocab")}
+    if vocabulary is None:
+        found[f"{family.name}.vocab_size"] = meta.u32(rows)
+    if "wpm" in family.vocab and vocabulary is not None:
+        found["tokenizer.ggml.token_type_count"] = meta.u32(names.get("type_vocab_size") or 1)
+    return found
+
+
+def _general(name: str, recipe: Recipe, targets: tuple[Target, ...]) -> Metadata:
+    total = sum(prod(target.shape) for target in targets if target.reads)
+    found = {
+        "general.type": meta.text("model"),
+        "general.name": meta.text(name),
+        "general.size_label": meta.text(size_label(total)),
+    }
+    found["general.quantized_by"] = meta.text("fewbit")
+    found["general.quantization_version"] = meta.u32(QUANTIZATION_VERSION)
+    return found | {"general.file_type": meta.u32(recipe.file_type)}
+
+
+def size_label(weights: int) -> str:
+    """Weights in the way model names count them: 7.2B, 270M."""
+    for unit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if weights >= unit:
+            return f"{weights / unit:.1f}{suffix}" if weights < 10 * unit else f"{weights / unit:.0f}{suffix}"
+    return f"{weights / 1e3:.0f}K"
+
+
+def _planned(target: Target, choice: Choice) -> PlannedTensor:
+    row = block_type(choice.type)
+    return PlannedTensor(
+        name=target.name,
+        reads=target.reads,
+        ops=target.ops,
+        shape=target.shape,
+        dtype=target.dtype,
+        type=choice.type,
+        scheme=None if choice.type in FLOATS else row.scheme,
+        reason=choice.reason,
+        values=target.values,
+        needs_imatrix=choice.needs_imatrix,
+    )
