@@ -38,9 +38,16 @@ class Feedback:
     damping: float
     notes: tuple[str, ...] = ()
 
-    @property
-    def order(self) -> int:
-        return self.pivot.numel()
+    def blockwise(self, width: int) -> Feedback:
+        """The same factor for rounding `width` columns at once: no feedback inside a block, pivot^2 the diagonal of each block's metric."""
+        full = (self.upper + torch.eye(self.pivot.numel(), device=self.pivot.device)) * self.pivot
+        upper, pivot = torch.zeros_like(full), torch.empty_like(self.pivot)
+        for j in range(0, pivot.numel(), width):
+            cut = slice(j, j + width)
+            inner = full[cut, cut]
+            upper[:j, cut] = torch.linalg.solve_triangular(inner, full[:j, cut], upper=True, left=False)
+            pivot[cut] = inner.square().sum(1).sqrt()
+        return Feedback(upper, pivot, self.dead, self.damping, self.notes)
 
 
 def damped(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +85,9 @@ def feedback_factor(gram: torch.Tensor, damping: float = 0.01, *, permutation: t
     notes: list[str] = []
     for step in LADDER:
         matrix, dead = damped(gram.to(dtype), damping * step)
-        lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))  # J H J = L L^T  =>  H = (J L J)(J L J)^T, J L J upper
+        lower, info = torch.linalg.cholesky_ex(
+            matrix.flip(0, 1)
+        )  # J H J = L L^T  =>  H = (J L J)(J L J)^T, J L J upper
         upper = lower.flip(0, 1)
         if int(info) == 0 and bool(torch.isfinite(upper).all()):
             pivot = upper.diagonal().clone()

@@ -8,7 +8,7 @@ import torch
 
 from fewbit.base.errors import InputError
 
-_SUMS = ("absmean", "sumsq", "gram", "cross_gram")
+_SUMS = ("absmean", "sumsq", "gram", "cross_gram", "out_gram")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Stats:
         sumsq: float64 [channels], sum of x^2.
         gram: float32 or float64 [channels, channels], sum of x x^T, with x the inputs as the quantised model sees them.
         cross_gram: the same shape, sum of x_float x^T, with x_float the inputs of the float model.
+        out_gram: float32 or float64 [outputs, outputs], sum of g g^T with g the gradient of the loss at the outputs of one weight. Unlike the
+            rest it belongs to a weight, not to the space, so it is put in (`dataclasses.replace`) when that weight is solved.
     """
 
     count: int = 0
@@ -30,10 +32,11 @@ class Stats:
     sumsq: torch.Tensor | None = None
     gram: torch.Tensor | None = None
     cross_gram: torch.Tensor | None = None
+    out_gram: torch.Tensor | None = None
 
     @property
     def channels(self) -> int | None:
-        for part in fields(self)[1:]:
+        for part in fields(self)[1:-1]:
             held = getattr(self, part.name)
             if held is not None:
                 return held.shape[-1]

@@ -107,6 +107,7 @@ SOLVERS: Mapping[str, Solver] = _Table(
     {
         "rtn": "fewbit.solve.rtn",
         "hqq": "fewbit.solve.hqq",
+        "gptq": "fewbit.solve.gptq",
         "imatrix": "fewbit.solve.rtn:WEIGHTED",
     }
 )

@@ -1,0 +1,347 @@
+"""Error feedback inside one block of columns, a row at a time: the part of the loop that torch cannot fuse.
+
+        columns j of the block ->
+    x   . . . . o . . .      x_j is rounded to the level nearest under its group's parameters; the error e_j = w_j - w_hat_j
+            |   |   |        is added, times upper[j, k], to every later x_k of the same row
+            +---+---+-->
+
+At the first column of a group all candidate parameters are tried: the group is rounded to its end with each, feedback included, and
+the one with the least loss is taken. That loss is exactly what the choice costs, because what later columns leave behind does
+not depend on it (to first order). The plain torch version of both is `solve.gptq_loop.round_block`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+_FAST = {"contract", "nsz"}  # fused multiply-add; never reassociates
+
+
+@njit(cache=True, fastmath=_FAST, inline="always")
+def _nearest(u: float, uniform: bool, low: float, high: float, edges: np.ndarray) -> float:
+    """Index of the nearest level, as a float; for integers the code itself."""
+    if uniform:
+        return min(max(np.rint(u), low), high)
+    first, last = 0, edges.shape[0]
+    while first < last:  # first edge that is not below u
+        middle = (first + last) >> 1
+        if edges[middle] < u:
+            first = middle + 1
+        else:
+            last = middle
+    return np.float32(first)
+
+
+@njit(cache=True, fastmath=_FAST, inline="always")
+def _decoded(x, s, z, v, uniform, low, high, levels, edges):
+    """(index, value) of the representable number nearest to x under scale s, code shift z and value shift v."""
+    u = (x - v) / s + z if s != 0 else z
+    index = _nearest(u, uniform, low, high, edges)
+    level = index if uniform else levels[int(index)]
+    return index, (level - z) * s + v
+
+
+@njit(cache=True, fastmath=_FAST)
+def _trial(buf, x, w, upper, weight, j0, j1, s, z, v, uniform, low, high, levels, edges, bound):
+    """Loss of rounding columns j0 … j1 of one row with given parameters; gives up above `bound`."""
+    for j in range(j0, j1):
+        buf[j] = x[j]
+    loss = np.float32(0.0)
+    for j in range(j0, j1):
+        _, value = _decoded(buf[j], s, z, v, uniform, low, high, levels, edges)
+        miss = buf[j] - value
+        loss += weight[j] * miss * miss
+        if loss >= bound:
+            return loss
+        error = w[j] - value
+        for k in range(j + 1, j1):
+            buf[k] += error * upper[j, k]
+    return loss
+
+
+@njit(cache=True, fastmath=_FAST)
+def _round_row(
+    w, x, buf, upper, weight, scale, zero, shift, gid, uniform, low, high, levels, edges, codes, out, choice
+):
+    """Round one row of a block. x: targets, fed on the way; scale, zero, shift [groups, candidates]; -> loss."""
+    cols, candidates = x.shape[0], scale.shape[1]
+    loss = 0.0
+    c = 0
+    for j in range(cols):
+        g = gid[j]
+        if candidates > 1 and (j == 0 or gid[j - 1] != g):
+            end = j + 1
+            while end < cols and gid[end] == g:
+                end += 1
+            best = np.float32(np.inf)
+            c = 0
+            for t in range(candidates):
+                trial = _trial(
+                    buf,
+                    x,
+                    w,
+                    upper,
+                    weight,
+                    j,
+                    end,
+                    scale[g, t],
+                    zero[g, t],
+                    shift[g, t],
+                    uniform,
+                    low,
+                    high,
+                    levels,
+                    edges,
+                    best,
+                )
+                if trial < best:
+                    best, c = trial, t
+            choice[g] = c
+        index, value = _decoded(x[j], scale[g, c], zero[g, c], shift[g, c], uniform, low, high, levels, edges)
+        codes[j] = np.int32(index)
+        out[j] = value
+        miss = x[j] - value
+        loss += weight[j] * miss * miss
+        error = w[j] - value
+        for k in range(j + 1, cols):
+            x[k] += error * upper[j, k]
+    return loss
+
+
+@njit(cache=True, parallel=True, nogil=True, fastmath=_FAST)
+def round_rows(
+    w, x, upper, weight, scale, zero, shift, gid, uniform, low, high, levels, edges, codes, out, choice, loss
+):
+    """All rows of a block, independently.
+
+    Args:
+        w, x: float32 [rows, cols], the wanted weights and the same with the feedback of earlier blocks; x is used up.
+        upper: float32 [cols, cols], strictly upper; weight: float32 [cols].
+        scale, zero, shift: float32 [rows, groups, candidates]; gid: int32 [cols], each group's columns side by side if candidates > 1.
+        uniform, low, high, levels, edges: the grid (see `solve.gptq_loop.Rounder`).
+        codes: int32 [rows, cols]; out: float32 [rows, cols]; choice: int32 [rows, groups]; loss: float64 [rows]: written.
+    """
+    for i in prange(x.shape[0]):
+        buf = np.empty(x.shape[1], np.float32)
+        loss[i] = _round_row(
+            w[i],
+            x[i],
+            buf,
+            upper,
+            weight,
+            scale[i],
+            zero[i],
+            shift[i],
+            gid,
+            uniform,
+            low,
+            high,
+            levels,
+            edges,
+            codes[i],
+            out[i],
+            choice[i],
+        )
+
+
+@njit(cache=True, nogil=True, fastmath=_FAST)
+def round_tile(
+    w,
+    x,
+    across,
+    rows_upper,
+    rows_weight,
+    upper,
+    weight,
+    scale,
+    zero,
+    shift,
+    gid,
+    uniform,
+    low,
+    high,
+    levels,
+    edges,
+    codes,
+    out,
+    choice,
+    loss,
+):
+    """Rows of a tile one after the other, each also taking over what the rows above it left (two-sided feedback).
+
+    Args:
+        across: float32 [rows, cols]: feedback of the columns of earlier blocks, as in x; on return, that of this block's columns and
+            their own errors too: what later rows take over, times `rows_upper`.
+        x: w + `across` + feedback of the rows of earlier tiles.
+        rows_upper: float32 [rows, rows], strictly upper; rows_weight: float32 [rows].
+        The rest as for `round_rows`.
+    """
+    rows, cols = x.shape
+    buf = np.empty(cols, np.float32)
+    fed = np.empty(cols, np.float32)
+    for i in range(rows):
+        for k in range(i):
+            f = rows_upper[k, i]
+            if f != 0.0:
+                for j in range(cols):
+                    x[i, j] += f * across[k, j]
+        for j in range(cols):
+            fed[j] = x[i, j] - across[i, j]
+        loss[i] = rows_weight[i] * _round_row(
+            w[i],
+            x[i],
+            buf,
+            upper,
+            weight,
+            scale[i],
+            zero[i],
+            shift[i],
+            gid,
+            uniform,
+            low,
+            high,
+            levels,
+            edges,
+            codes[i],
+            out[i],
+            choice[i],
+        )
+        for j in range(cols):
+            across[i, j] = x[i, j] - fed[j] + w[i, j] - out[i, j]
+
+
+@njit(cache=True, fastmath=_FAST)
+def _best_parameters(value, slope, level, gram, curvature, j0, j1, scale, zero, shift, present, tolerance):
+    """Index of the candidate parameters with the least loss for given codes, by the exact quadratic.
+
+    value = level * s + c with c = shift - zero * s, so candidates differ in two numbers; five sums over the group say what each costs.
+    """
+    ll, lo, oo, pl, po = 0.0, 0.0, 0.0, 0.0, 0.0
+    for j in range(j0, j1):
+        hl, ho = 0.0, 0.0
+        for k in range(j0, j1):
+            hl += gram[j, k] * level[k]
+            ho += gram[j, k]
+        ll += level[j] * hl
+        lo += level[j] * ho
+        oo += ho
+        pl += slope[j] * level[j]
+        po += slope[j]
+    s0 = scale[present]
+    c0 = shift[present] - zero[present] * s0
+    best, chosen = -tolerance * abs(curvature * ll * s0 * s0), present
+    for t in range(scale.shape[0]):
+        ds = scale[t] - s0
+        dc = shift[t] - zero[t] * scale[t] - c0
+        change = 2.0 * (ds * pl + dc * po) + curvature * (ds * ds * ll + 2.0 * ds * dc * lo + dc * dc * oo)
+        if change < best:
+            best, chosen = change, t
+    return chosen
+
+
+@njit(cache=True, fastmath=_FAST | {"reassoc"})
+def _sweep_row(
+    value, slope, level, index, gram, curvature, scale, zero, shift, gid, choice, uniform, low, high, levels, edges
+):
+    """Settle the parameters of every group of one row, then every code, each at its best with all others held; -> codes changed."""
+    cols = value.shape[0]
+    changed = 0
+    start = 0
+    while start < cols:
+        g = gid[start]
+        end = start + 1
+        while end < cols and gid[end] == g:
+            end += 1
+        if scale.shape[1] > 1:
+            choice[g] = _best_parameters(
+                value, slope, level, gram, curvature, start, end, scale[g], zero[g], shift[g], 0, 1e-6
+            )
+        s, z, v = scale[g, choice[g]], zero[g, choice[g]], shift[g, choice[g]]
+        if choice[g] != 0:
+            for j in range(start, end):
+                new = (level[j] - z) * s + v
+                move = (new - value[j]) * curvature
+                value[j] = new
+                for k in range(cols):
+                    slope[k] += move * gram[j, k]
+        for j in range(start, end):
+            wanted = value[j] - slope[j] / (curvature * gram[j, j])
+            i, new = _decoded(wanted, s, z, v, uniform, low, high, levels, edges)
+            if new != value[j]:
+                move = (new - value[j]) * curvature
+                value[j], index[j], changed = new, np.int32(i), changed + 1
+                level[j] = i if uniform else levels[int(i)]
+                for k in range(cols):
+                    slope[k] += move * gram[j, k]
+        start = end
+    return changed
+
+
+@njit(cache=True, parallel=True, nogil=True, fastmath=_FAST | {"reassoc"})
+def sweep_rows(
+    value, slope, level, index, gram, scale, zero, shift, gid, choice, uniform, low, high, levels, edges, changed
+):
+    """Coordinate descent over one block of columns, rows independently.
+
+    Args:
+        value, slope, level: float32 [rows, cols]: present values, half the gradient of tr(E H E^T) there, levels of the codes; updated.
+        index: int32 [rows, cols] level indices; gram: float32 [cols, cols], its diagonal positive.
+        scale, zero, shift: [rows, groups, candidates], the present parameters first; choice: int32 [rows, groups]; changed: int64 [rows].
+    """
+    for i in prange(value.shape[0]):
+        changed[i] = _sweep_row(
+            value[i],
+            slope[i],
+            level[i],
+            index[i],
+            gram,
+            np.float32(1.0),
+            scale[i],
+            zero[i],
+            shift[i],
+            gid,
+            choice[i],
+            uniform,
+            low,
+            high,
+            levels,
+            edges,
+        )
+
+
+@njit(cache=True, nogil=True, fastmath=_FAST | {"reassoc"})
+def sweep_tile(
+    value, slope, level, index, gram, outer, scale, zero, shift, gid, choice, uniform, low, high, levels, edges, changed
+):
+    """`sweep_rows` for a tile of rows coupled by `outer` float32 [rows, rows]: slope is half the gradient of tr(G E H E^T)."""
+    rows, cols = value.shape
+    before, own = np.empty(cols, np.float32), np.empty(cols, np.float32)
+    for i in range(rows):
+        for j in range(cols):
+            before[j], own[j] = value[i, j], slope[i, j]
+        changed[i] = _sweep_row(
+            value[i],
+            slope[i],
+            level[i],
+            index[i],
+            gram,
+            outer[i, i],
+            scale[i],
+            zero[i],
+            shift[i],
+            gid,
+            choice[i],
+            uniform,
+            low,
+            high,
+            levels,
+            edges,
+        )
+        for j in range(cols):  # what the row's moves did to its own slope, per unit of outer[i, i]
+            own[j] = (slope[i, j] - own[j]) / outer[i, i]
+        for k in range(rows):
+            if k != i:
+                f = outer[k, i]
+                for j in range(cols):
+                    slope[k, j] += f * own[j]

@@ -1,0 +1,307 @@
+"""GPTQ, in any scheme: one feedback loop whose every ingredient is an option.
+
+    w' = w + (w C - w H) (H + damping)^-1     drift: the float model's outputs are the aim, the quantised model's inputs the means
+    loop                                      codes, and parameters group by group on the fed weights     (`gptq_loop`)
+    sweeps                                    codes and parameters once more against the whole quadratic   (`sweeps`)
+
+H is the gram of the inputs as the quantised model sees them, C the cross-gram with the float model's inputs (arXiv 2504.02692, 2505.11695
+go there step by step; the closed form is the same least squares). With the gram of the loss gradients at the outputs the loop is
+two-sided: errors are also fed from row to row, so that what is left lies where the loss does not feel it (YAQA, arXiv 2505.22988).
+
+Numerics cannot fail: dead inputs get no feedback, a gram that cannot be factored raises the damping, and at the end of the ladder the
+answer is rounding to nearest, weighted by what is known. If the loop's answer has more error than rounding to nearest, the latter is kept.
+Each of these is a sentence in the notes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from fewbit.base.errors import InputError
+from fewbit.math.linalg import Feedback, damped, feedback_factor, solve_damped
+from fewbit.math.scales import assemble, fit, quantize
+from fewbit.math.search import Params, Search
+from fewbit.math.stats import Stats
+from fewbit.math.tiles import require_finite
+from fewbit.num.grid import FloatGrid, VectorGrid
+from fewbit.num.qtensor import QTensor
+from fewbit.num.scheme import Scheme
+from fewbit.solve.candidates import Candidates, by_row, join, neighbours, only, separable
+from fewbit.solve.gptq_loop import WIDTH, Parameters, run_loop
+from fewbit.solve.sweeps import Quadratic, sweep
+from fewbit.solve.table import Solved, Solver
+
+MOST_CANDIDATES = 32
+
+
+def solve(w: torch.Tensor, stats: Stats | None, scheme: Scheme, *, seed: int, options: Mapping[str, Any]) -> Solved:
+    """Quantise `w` [*batch, rows, cols] (a stack shares the statistics); nothing is random, so `seed` is not used.
+
+    Raises:
+        InputError: FB-E0702 for non-finite weights, FB-E0703 when the statistics are of other channels, FB-E0704 for unsuitable options.
+    """
+    require_finite(w)
+    scheme = scheme.weights_only
+    if w.ndim < 2:
+        raise InputError("FB-E0602", f"error feedback needs a matrix, got shape {tuple(w.shape)}")
+    if stats.channels != w.shape[-1]:
+        raise InputError(
+            "FB-E0703", f"statistics of {stats.channels} channels do not suit a weight of shape {tuple(w.shape)}"
+        )
+    if w.ndim == 2:
+        return solve_matrix(w, stats, scheme, options)
+    solved = [solve_matrix(part, stats, scheme, options) for part in w.reshape(-1, *w.shape[-2:])]
+    notes = tuple(dict.fromkeys(note for one in solved for note in one.notes))
+    return Solved(stack([one.q for one in solved], tuple(w.shape)), sum(one.loss for one in solved), notes)
+
+
+def solve_matrix(w: torch.Tensor, stats: Stats, scheme: Scheme, options: Mapping[str, Any]) -> Solved:
+    """One matrix [rows, cols]; the steps of this module's text."""
+    w = w.float()
+    search = Search(method=options["search"], steps=options["steps"])
+    if scheme.is_leaf or (isinstance(scheme.grid, FloatGrid) and scheme.grid.bits > 16):
+        return _rounded(
+            w, stats, scheme, search, f"{scheme} stores numbers directly: rounded to nearest, without feedback"
+        )
+    try:
+        problem = Problem.of(w, stats, options)
+    except InputError as error:
+        if error.code != "FB-E0705":
+            raise
+        return _rounded(w, stats, scheme, search, f"fallback to rounding to nearest: {error.message}")
+    codes, params = _loop(problem, scheme, search, options)
+    notes = list(problem.notes)
+    shape = tuple(w.shape)
+    quadratic = problem.quadratic
+    if options["sweeps"] and not isinstance(scheme.grid, VectorGrid):
+        codes, params, _ = sweep(
+            scheme, codes, params, quadratic, sweeps=options["sweeps"], tune=options["tune"] and by_row(scheme)
+        )
+    q = assemble(scheme, shape, codes, params)
+    nearest = quantize(scheme, problem.wanted, stats.importance, search)
+    loss, other = quadratic.loss(q.dequantize()), quadratic.loss(nearest.dequantize())
+    if not loss <= other:
+        q, loss = nearest, other
+        notes.append("rounding to nearest had less error than error feedback and was kept")
+    return Solved(q, loss, tuple(notes))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the loop minimises: the wanted weights and the factors of both metrics.
+
+    Attributes:
+        wanted: float32 [rows, cols]; order: int64 [cols], visiting order, or None.
+        columns: factor of the inputs' gram in visiting order; rows: factor of the outputs' gram or None.
+        quadratic: the same objective in the tensor's own order.
+    """
+
+    wanted: torch.Tensor
+    order: torch.Tensor | None
+    columns: Feedback
+    rows: Feedback | None
+    quadratic: Quadratic
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, w: torch.Tensor, stats: Stats, options: Mapping[str, Any]) -> Problem:
+        gram = _symmetric(stats.gram.to(w.device))
+        notes: list[str] = []
+        order = None
+        if options["order"] == "importance":
+            order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+        elif options["order"] != "given":
+            raise InputError("FB-E0704", f"order is 'given' or 'importance', not {options['order']!r}")
+        columns = feedback_factor(gram, options["damping"], permutation=order)
+        notes += columns.notes
+        if dead := int(columns.dead.sum()):
+            notes.append(f"{dead} of {len(gram)} inputs were always zero: their weights are rounded without feedback")
+        wanted = w
+        if options["drift"] and stats.cross_gram is not None:
+            wanted, more = drifted(w, gram, stats.cross_gram.to(w.device), options["damping"])
+            notes += more
+        rows = outer = None
+        if options["loss_weighting"] and stats.out_gram is not None:
+            outer = _symmetric(stats.out_gram.to(w.device))
+            rows = feedback_factor(outer, options["outer_damping"])
+            outer = damped(outer, rows.damping)[0].float() / outer.diagonal().mean().float()
+            notes += rows.notes
+        mean = gram.diagonal().double().mean()
+        scaled = (damped(gram.double(), columns.damping)[0] / mean).float()
+        scaled.diagonal()[scaled.diagonal() <= 0] = columns.damping
+        return cls(wanted, order, columns, rows, Quadratic(wanted, scaled, outer), notes)
+
+
+def drifted(
+    w: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, damping: float
+) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """The weights that best turn the quantised model's inputs into the float model's outputs: least squares, drawn towards `w`.
+
+    Args:
+        w: float32 [rows, cols]; gram: [cols, cols]; cross: [cols, cols], sum of x_float x^T.
+
+    Raises:
+        InputError: FB-E0705 when the cross-gram is not finite or the gram cannot be factored.
+    """
+    if not bool(torch.isfinite(cross).all()):
+        raise InputError("FB-E0705", "the cross-gram of the inputs holds NaN or infinity")
+    # x_float^T x - x^T x, in float64 so that a small difference of large sums keeps its digits
+    missing = (w.double() @ (cross.double() - gram.double())) if w.shape[1] <= 4096 else w @ (cross - gram)
+    correction, notes = solve_damped(gram, missing, damping)
+    return w + correction, notes
+
+
+def _symmetric(gram: torch.Tensor) -> torch.Tensor:
+    return (gram + gram.T) / 2
+
+
+def _rounded(w: torch.Tensor, stats: Stats, scheme: Scheme, search: Search, note: str) -> Solved:
+    importance = stats.importance
+    if importance is not None and not bool((torch.isfinite(importance) & (importance >= 0)).all()):
+        importance = None
+    q = quantize(scheme, w, importance, search)
+    return Solved(q, float((w - q.dequantize()).double().square().sum()), (note,))
+
+
+def _loop(problem: Problem, scheme: Scheme, search: Search, options: Mapping[str, Any]) -> tuple[torch.Tensor, Params]:
+    """Codes [rows, cols / dim] in the tensor's order, and parameters."""
+    shape = tuple(problem.wanted.shape)
+    refit = options["refit"] and problem.order is None and _refits(scheme, shape)
+    source = (
+        Refitted(scheme, search, options["trial"])
+        if refit
+        else Static.fitted(problem, scheme, search, options["trial"])
+    )
+    w, rows, grid = problem.wanted, problem.rows, scheme.grid
+    if isinstance(grid, VectorGrid):
+        rows = None
+    if problem.order is not None:
+        w = w[:, problem.order].contiguous()
+    found = run_loop(
+        grid, w, problem.columns, source.provide, source.chosen, width=source.width, rows=rows, plain=options["plain"]
+    )
+    codes = found.codes
+    if problem.order is not None:
+        codes = torch.empty_like(codes)
+        codes[:, problem.order] = found.codes
+    return codes, source.params(shape)
+
+
+def _refits(scheme: Scheme, shape: tuple[int, ...]) -> bool:
+    if not separable(scheme):
+        return False
+    return shape[1] % scheme.span == 0 or all(part.is_leaf for _, part in scheme.parts())
+
+
+def _candidates(scheme: Scheme, params: Params, shape: tuple[int, ...], trial: bool) -> Candidates:
+    if not trial or not by_row(scheme) or isinstance(scheme.grid, VectorGrid):
+        return only(scheme, params, shape)
+    found = neighbours(scheme, params, shape)
+    return replace(found, combinations=found.combinations[:MOST_CANDIDATES])
+
+
+class Static:
+    """Parameters fitted before the loop, all columns at once; the loop may still choose among neighbours if columns are in order."""
+
+    def __init__(
+        self, scheme: Scheme, params: Params, shape: tuple[int, ...], order: torch.Tensor | None, trial: bool
+    ) -> None:
+        self.candidates = _candidates(scheme, params, shape, trial and order is None)
+        self.numbers = self.candidates.numbers()
+        gid = self.numbers.gid
+        self.gid = gid if order is None else gid[order]
+        self.choice = torch.zeros(self.numbers.scale.shape[:2], dtype=torch.int32, device=gid.device)
+        size = -(-shape[1] // self.numbers.scale.shape[1])
+        self.width = size * max(1, WIDTH // size) if size <= 2 * WIDTH else WIDTH
+        if (
+            size > 2 * WIDTH and len(self.candidates.combinations) > 1
+        ):  # a block would cut a group: no choice inside the loop
+            self.candidates = only(scheme, params, shape)
+            self.numbers = self.candidates.numbers()
+
+    @classmethod
+    def fitted(cls, problem: Problem, scheme: Scheme, search: Search, trial: bool) -> Static:
+        weight = problem.columns.pivot.square()
+        if problem.order is not None:
+            weight = torch.empty_like(weight).index_copy_(0, problem.order, weight)
+        params = fit(scheme, problem.wanted, weight, search)
+        return cls(scheme, params, tuple(problem.wanted.shape), problem.order, trial)
+
+    def provide(self, start: int, end: int, x: torch.Tensor, weight: torch.Tensor) -> Parameters:
+        groups, inverse = torch.unique(self.gid[start:end].long(), return_inverse=True)
+        parts = (part[:, groups] for part in (self.numbers.scale, self.numbers.zero, self.numbers.shift))
+        self.groups = groups
+        return Parameters(*parts, inverse.to(torch.int32))
+
+    def chosen(self, start: int, end: int, choice: torch.Tensor) -> None:
+        self.choice[:, self.groups] = choice
+
+    def params(self, shape: tuple[int, ...]) -> Params:
+        if len(self.candidates.combinations) == 1:
+            return Params(**{name: stored[0] for name, stored in self.candidates.stored.items()})
+        return self.candidates.pick(self.choice)
+
+
+class Refitted:
+    """Parameters fitted inside the loop, each span on the weights as the earlier columns left them."""
+
+    def __init__(self, scheme: Scheme, search: Search, trial: bool) -> None:
+        self.scheme, self.search, self.trial = scheme, search, trial
+        self.width = scheme.span * max(1, WIDTH // scheme.span)
+        self.pieces: list[Params] = []
+        self.waiting: Candidates | None = None
+
+    def provide(self, start: int, end: int, x: torch.Tensor, weight: torch.Tensor) -> Parameters:
+        params = fit(self.scheme, x, weight, self.search)
+        self.waiting = _candidates(self.scheme, params, tuple(x.shape), self.trial)
+        if isinstance(self.scheme.grid, VectorGrid):
+            self.pieces.append(params)
+        return self.waiting.numbers()
+
+    def chosen(self, start: int, end: int, choice: torch.Tensor) -> None:
+        self.pieces.append(self.waiting.pick(choice))
+
+    def params(self, shape: tuple[int, ...]) -> Params:
+        return join(self.scheme, self.pieces, shape)
+
+
+def stack(parts: list[QTensor], shape: tuple[int, ...]) -> QTensor:
+    """Quantised matrices of one scheme as one stacked tensor of `shape`."""
+    first = parts[0]
+
+    def gathered(name: str) -> torch.Tensor | QTensor | None:
+        held = [getattr(part, name) for part in parts]
+        if held[0] is None:
+            return None
+        if isinstance(held[0], QTensor):
+            return stack(held, (*shape[:-2], *held[0].shape[-2:]))
+        return torch.stack(held).reshape(*shape[:-2], *held[0].shape)
+
+    codes = torch.stack([part.codes for part in parts]).reshape(*shape[:-2], *first.codes.shape[-2:])
+    return QTensor(first.scheme, shape, codes, gathered("scale"), gathered("code_shift"), gathered("value_shift"))
+
+
+SOLVER = Solver(
+    name="gptq",
+    needs=frozenset({"gram", "cross_gram"}),
+    solve=solve,
+    options={
+        "order": "given",
+        "search": "lsq",
+        "steps": Search.steps,
+        "refit": True,
+        "trial": True,
+        "sweeps": 4,
+        "tune": True,
+        "drift": True,
+        "loss_weighting": True,
+        "damping": 0.01,
+        "outer_damping": 0.05,
+        "plain": False,
+    },
+    summary="error feedback (GPTQ, LDLQ) in any scheme, with scale search, drift correction, loss weighting and sweeps",
+)
