@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from fewbit.base.manifest import Manifest, TensorInfo, data_bytes
@@ -136,4 +138,5 @@ def as_found(
     written, _ = target.config(source, Assignment({name: q.scheme}, kept))
     found = target.detect(written, manifest_of(tensors))
     assert found is not None and name in found, f"{target.name} does not recognise {name} of {sorted(tensors)}"
+    assert prod(found[name].shape) == prod(q.shape)
     return tensors, found[name]

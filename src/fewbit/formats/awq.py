@@ -18,7 +18,7 @@ from fewbit.base.errors import InputError
 from fewbit.base.manifest import Manifest
 from fewbit.base.names import stem
 from fewbit.formats.gptq import conform
-from fewbit.formats.kinds import LEAF_GRID, STORED_DTYPE, Affine, affine_of, misfit, sibling
+from fewbit.formats.kinds import LEAF_GRID, STORED_DTYPE, Affine, affine_of, misfit, sibling, single_scheme
 from fewbit.formats.table import Assignment, Format, Parts, Stored
 from fewbit.num.blocks import CHANNEL, Blocks
 from fewbit.num.grid import BF16, F16
@@ -108,11 +108,7 @@ def settings(assignment: Assignment) -> dict[str, Any]:
     Raises:
         InputError: FB-E0620 when the weights have different schemes.
     """
-    schemes = set(assignment.schemes.values())
-    if len(schemes) != 1:
-        listed = ", ".join(sorted(str(scheme) for scheme in schemes))
-        raise InputError("FB-E0620", f"AWQ has one scheme for all weights of a model, got {listed}")
-    (scheme,) = schemes
+    scheme = single_scheme(assignment, "AWQ")
     kept = sorted({stem(name) for name in assignment.kept if "embed" not in name and name.endswith(".weight")})
     return {
         "quant_method": "awq",

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fewbit.base.errors import InputError
+from fewbit.formats.table import Assignment
 from fewbit.num.blocks import EACH, TENSOR, Blocks
 from fewbit.num.grid import BF16, E2M1, E4M3, E5M2, E8M0, F16, F32, FloatGrid, IntGrid
 from fewbit.num.scheme import Scheme, leaf
@@ -120,3 +122,17 @@ def misfit(shape: tuple[int, ...], columns: int = 1, rows: int = 1) -> str | Non
     if shape[-2] % rows:
         return f"needs out_features % {rows} == 0, got {shape[-2]}"
     return None
+
+
+def single_scheme(assignment: Assignment, format_name: str) -> Scheme:
+    """The one scheme of all weights, for formats whose config has room for one.
+
+    Raises:
+        InputError: FB-E0620 naming the schemes when there are several.
+    """
+    schemes = set(assignment.schemes.values())
+    if len(schemes) != 1:
+        listed = ", ".join(sorted(str(scheme) for scheme in schemes))
+        raise InputError("FB-E0620", f"{format_name} has one scheme for all weights of a model, got {listed or 'none'}")
+    (scheme,) = schemes
+    return scheme

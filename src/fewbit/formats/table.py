@@ -100,6 +100,7 @@ _ROWS: dict[str, str] = {
     "gptq": "fewbit.formats.gptq",
     "gptq-v2": "fewbit.formats.gptq:V2",
     "awq": "fewbit.formats.awq",
+    "bitsandbytes": "fewbit.formats.bnb",
     "dense": "fewbit.formats.dense",
     "dense-f16": "fewbit.formats.dense:F16",
     "dense-f32": "fewbit.formats.dense:F32",

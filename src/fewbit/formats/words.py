@@ -68,6 +68,16 @@ def divisor_of(scale: torch.Tensor) -> torch.Tensor:
     return divisor
 
 
+def multiple_of(scale: torch.Tensor, factor: float) -> torch.Tensor:
+    """float32 m with fl(m / factor) == scale wherever such an m exists, else the nearest: some formats store scales times a constant."""
+    multiple = scale * factor
+    for towards in (0.0, torch.inf):
+        neighbour = torch.nextafter(multiple, torch.full_like(multiple, towards))
+        better = (multiple / factor != scale) & (neighbour / factor == scale)
+        multiple = torch.where(better, neighbour, multiple)
+    return multiple
+
+
 def global_divisor(scale: QTensor) -> torch.Tensor:
     """The reciprocal of the float32 scale over all block scales (NVFP4), exactly as it was read where it came from a file."""
     return scale.sides.get("divisor", divisor_of(scale.scale))
