@@ -19,7 +19,9 @@ from fewbit.report.plan_text import advice_page
 def command(
     model: Annotated[str, typer.Argument(help="folder, .safetensors or .gguf file, config.json, or hub id")],
     device: Annotated[str, typer.Option("--device", "-d", help='a device ("RTX 4090", "2x H100") or a memory (24GB)')],
-    engine: Annotated[str, typer.Option("--engine", "-e", help="vllm, sglang, transformers, llama.cpp, ollama, lmstudio, mlx")] = "",
+    engine: Annotated[
+        str, typer.Option("--engine", "-e", help="vllm, sglang, transformers, llama.cpp, ollama, lmstudio, mlx")
+    ] = "",
     task: Annotated[str, typer.Option("--task", "-t", help="chat, code, math, agent or embed")] = "chat",
     priority: Annotated[str, typer.Option("--priority", "-p", help="balanced, quality, speed or size")] = "balanced",
     context: Annotated[int, typer.Option("--context", "-c", min=1, help="tokens of each sequence")] = 8192,
@@ -36,6 +38,15 @@ def command(
     wish = Wish(model, Use(context, batch, kv_dtype), engine, task, priority, calibration, finetune)
     found = advise(facts, kv_layers(facts.text), target, wish)
     if json:
-        print_json("fewbit.advice/1", {"model": facts.name, "device": target.name, "wish": wish, "steps": found.steps, "options": [option_record(o) for o in found.options]})
+        print_json(
+            "fewbit.advice/1",
+            {
+                "model": facts.name,
+                "device": target.name,
+                "wish": wish,
+                "steps": found.steps,
+                "options": [option_record(o) for o in found.options],
+            },
+        )
     else:
         print(advice_page(facts, target, found))

@@ -16,11 +16,18 @@ from fewbit.report.plan_text import device_page, page
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="folder, .safetensors or .gguf file, config.json, or hub id", show_default=False)] = "",
+    model: Annotated[
+        str, typer.Argument(help="folder, .safetensors or .gguf file, config.json, or hub id", show_default=False)
+    ] = "",
     context: Annotated[int, typer.Option("--context", "-c", min=1, help="tokens of each sequence")] = 8192,
     batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="sequences at once")] = 1,
-    kv_dtype: Annotated[str, typer.Option("--kv-dtype", help="dtype of the cache: f16, bf16, fp8, int8, q8_0, q4_0 …")] = "f16",
-    device: Annotated[list[str] | None, typer.Option("--device", "-d", help='a device ("RTX 4090", "2x H100") or a memory (24GB); may be repeated')] = None,
+    kv_dtype: Annotated[
+        str, typer.Option("--kv-dtype", help="dtype of the cache: f16, bf16, fp8, int8, q8_0, q4_0 …")
+    ] = "f16",
+    device: Annotated[
+        list[str] | None,
+        typer.Option("--device", "-d", help='a device ("RTX 4090", "2x H100") or a memory (24GB); may be repeated'),
+    ] = None,
     sequence: Annotated[int, typer.Option(min=1, help="tokens of a training sequence")] = 2048,
     workers: Annotated[int, typer.Option(min=1, help="workers of the quantising run that is costed")] = 2,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
@@ -39,7 +46,9 @@ def command(
     if not model:
         raise typer.BadParameter("name a model: a folder, a file, a config.json or a hub id")
     chosen = tuple(device_named(text) for text in device or ())
-    made = overview(open_model(model, revision), Use(context, batch, kv_dtype), chosen, sequence=sequence, workers=workers)
+    made = overview(
+        open_model(model, revision), Use(context, batch, kv_dtype), chosen, sequence=sequence, workers=workers
+    )
     if json:
         print_json("fewbit.plan/1", made.record())
     else:
@@ -53,7 +62,9 @@ def open_model(text: str, revision: str | None = None) -> Model:
 
     path = Path(text).expanduser()
     if path.is_file() and path.suffix == ".json" and not path.name.endswith(".index.json"):
-        return model_from_config(path.parent.name if path.name == "config.json" else path.stem, load_object(path, "FB-E0201"))
+        return model_from_config(
+            path.parent.name if path.name == "config.json" else path.stem, load_object(path, "FB-E0201")
+        )
     if path.is_dir() and (path / "config.json").is_file() and not _has_weights(path):
         return model_from_config(path.resolve().name, load_object(path / "config.json", "FB-E0201"))
     with open_checkpoint(text, revision=revision) as checkpoint:
@@ -62,4 +73,7 @@ def open_model(text: str, revision: str | None = None) -> Model:
 
 
 def _has_weights(folder: Path) -> bool:
-    return any(child.name.endswith((".safetensors", ".gguf", ".index.json", ".bin", ".pt", ".pth")) for child in folder.iterdir())
+    return any(
+        child.name.endswith((".safetensors", ".gguf", ".index.json", ".bin", ".pt", ".pth"))
+        for child in folder.iterdir()
+    )

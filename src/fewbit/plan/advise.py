@@ -24,7 +24,12 @@ from fewbit.plan.sizes import STORAGES, Size, size_of
 from fewbit.plan.throughput import Speed, compute_dtype, matmul_params, speed
 
 # (quality, speed, size): how much each counts
-PRIORITIES = {"balanced": (1.0, 1.0, 0.5), "quality": (3.0, 0.4, 0.2), "speed": (0.7, 3.0, 0.5), "size": (0.7, 0.5, 3.0)}
+PRIORITIES = {
+    "balanced": (1.0, 1.0, 0.5),
+    "quality": (3.0, 0.4, 0.2),
+    "speed": (0.7, 3.0, 0.5),
+    "size": (0.7, 0.5, 3.0),
+}
 WIDENING_LOSS = 0.7  # weight-only kernels past the point where compute limits: 0.6 to 0.75 of BF16's rate (vLLM's Marlin beyond batch 128)
 
 
@@ -238,7 +243,17 @@ def _command(row: Mapping[str, Any], wish: Wish) -> str:
     flags = row.get("flags", "") if wish.calibration else row.get("flags", "").replace("--calib default", "").strip()
     name = wish.model_id.rstrip("/").rsplit("/", 1)[-1].removesuffix(".json")
     suffix = row["to"].replace(":", "-")
-    return " ".join(part for part in ("fewbit quantize", shlex.quote(wish.model_id), f"--to {row['to']}", flags, f"-o {shlex.quote(f'{name}-{suffix}')}") if part)
+    return " ".join(
+        part
+        for part in (
+            "fewbit quantize",
+            shlex.quote(wish.model_id),
+            f"--to {row['to']}",
+            flags,
+            f"-o {shlex.quote(f'{name}-{suffix}')}",
+        )
+        if part
+    )
 
 
 def _scored(option: Option, base: Size, bears: float, priority: str) -> Option:
@@ -253,7 +268,13 @@ def _scored(option: Option, base: Size, bears: float, priority: str) -> Option:
 
 
 def _steps(
-    model: Model, layers: tuple[KvLayer, ...], device: Device, wish: Wish, task: Mapping[str, Any], base: Size, engine: Mapping[str, Any] | None
+    model: Model,
+    layers: tuple[KvLayer, ...],
+    device: Device,
+    wish: Wish,
+    task: Mapping[str, Any],
+    base: Size,
+    engine: Mapping[str, Any] | None,
 ) -> list[Step]:
     """The procedure in words."""
     use = wish.use
@@ -264,13 +285,18 @@ def _steps(
     return [
         Step(
             "How big is it?",
-            f"{model.params / 1e9:.2f}B parameters" + (f", {model.active_params / 1e9:.2f}B active a token" if model.experts else ""),
-            f"expect {factor:g} x the loss of an 8B model" if factor != 1 else "expect the loss of the 8B models that were measured",
+            f"{model.params / 1e9:.2f}B parameters"
+            + (f", {model.active_params / 1e9:.2f}B active a token" if model.experts else ""),
+            f"expect {factor:g} x the loss of an 8B model"
+            if factor != 1
+            else "expect the loss of the 8B models that were measured",
         ),
         Step(
             "Does it fit as it is?",
             f"BF16 needs {(needs.total - needs.overhead) / 1e9:.1f} GB for {use.context:,} tokens x {use.batch}, {device.name} leaves {room:.1f} GB",
-            "quantise for speed, or not at all" if fit else f"at most {max(0.0, _bits_that_fit(model, needs, device)):.1f} bits a weight fit",
+            "quantise for speed, or not at all"
+            if fit
+            else f"at most {max(0.0, _bits_that_fit(model, needs, device)):.1f} bits a weight fit",
         ),
         _native_step(device),
         _bound_step(model, layers, device, use, base),
@@ -279,7 +305,11 @@ def _steps(
             f"{wish.engine}: {', '.join(engine['formats'])}" if engine else "no engine named",
             "other formats are out" if engine else "every format stays in",
         ),
-        Step("How hard is the task?", task["why"], f"expected KL up to {task['bears']:g} nats a token is taken as bearable"),
+        Step(
+            "How hard is the task?",
+            task["why"],
+            f"expected KL up to {task['bears']:g} nats a token is taken as bearable",
+        ),
         Step(
             "Is calibration text at hand?",
             "yes (--calib default is built in)" if wish.calibration else "no",
@@ -303,8 +333,14 @@ def _native_step(device: Device) -> Step:
         return Step("What does the device multiply natively?", "unknown", "speed cannot be judged")
     has = [label for dtype, label in names.items() if device.native(dtype)]
     lacks = [label for dtype, label in names.items() if not device.native(dtype)]
-    answer = (f"{', '.join(has)}" if has else "16-bit floats only") + (f"; not {', '.join(lacks)}" if has and lacks else "")
-    return Step("What does the device multiply natively?", answer, "those can speed up prompts and large batches; the rest saves memory and bandwidth only")
+    answer = (f"{', '.join(has)}" if has else "16-bit floats only") + (
+        f"; not {', '.join(lacks)}" if has and lacks else ""
+    )
+    return Step(
+        "What does the device multiply natively?",
+        answer,
+        "those can speed up prompts and large batches; the rest saves memory and bandwidth only",
+    )
 
 
 def _bound_step(model: Model, layers: tuple[KvLayer, ...], device: Device, use: Use, base: Size) -> Step:
@@ -315,4 +351,8 @@ def _bound_step(model: Model, layers: tuple[KvLayer, ...], device: Device, use: 
     crossing = device.rate(dtype) * base.active / (2.0 * matmul_params(model) * device.bandwidth)
     bound = speed(model, base, layers, use, device).bound
     answer = f"{bound}; compute takes over at a batch of some {crossing:,.0f}"
-    return Step(question, answer, "fewer bytes mean more tokens a second" if bound == "memory" else "only natively multiplied dtypes help")
+    return Step(
+        question,
+        answer,
+        "fewer bytes mean more tokens a second" if bound == "memory" else "only natively multiplied dtypes help",
+    )

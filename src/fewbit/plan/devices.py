@@ -1,7 +1,7 @@
 """Devices that a model may run on: a table of facts, and words that name a row of it.
 
-    "RTX 4090"      one row           "2x H100"   several of one kind, with the model split over them
-    "24GB"          just a memory     "16 GiB"
+"RTX 4090"      one row           "2x H100"   several of one kind, with the model split over them
+"24GB"          just a memory     "16 GiB"
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def devices() -> dict[str, Device]:
         usable = 2 / 3 if row["backend"] == "metal" and row["memory"] < 36 else backend["usable"]
         overhead = int(backend["overhead_gb"] * 1e9)
         memory = int(row["memory"] * GIB)
-        found[name] = Device(name, row["kind"], row["backend"], memory, usable, overhead, row["bandwidth"] * 1e9, row["tflops"])
+        found[name] = Device(
+            name, row["kind"], row["backend"], memory, usable, overhead, row["bandwidth"] * 1e9, row["tflops"]
+        )
     return found
 
 
@@ -97,7 +99,12 @@ def several_of(device: Device, count: int) -> Device:
     """`count` devices that share a model: memory, bandwidth and rates add up at best."""
     tflops = {dtype: rate * count for dtype, rate in device.tflops.items()}
     return replace(
-        device, name=f"{count}x {device.name}", memory_bytes=device.memory_bytes * count, bandwidth=device.bandwidth * count, tflops=tflops, count=count
+        device,
+        name=f"{count}x {device.name}",
+        memory_bytes=device.memory_bytes * count,
+        bandwidth=device.bandwidth * count,
+        tflops=tflops,
+        count=count,
     )
 
 
@@ -111,7 +118,11 @@ def _row(name: str) -> Device | None:
     by_plain = {plain(key): device for key, device in devices().items()}
     if wanted in by_plain:
         return by_plain[wanted]
-    near = [device for key, device in by_plain.items() if wanted and key.removeprefix("rtx").removeprefix("apple").startswith(wanted.removeprefix("rtx"))]
+    near = [
+        device
+        for key, device in by_plain.items()
+        if wanted and key.removeprefix("rtx").removeprefix("apple").startswith(wanted.removeprefix("rtx"))
+    ]
     return near[0] if len(near) == 1 or (near and len({device.memory_bytes for device in near}) == 1) else None
 
 
@@ -119,5 +130,7 @@ def _bare_memory(text: str) -> Device | None:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|G|MB|MiB|TB|TiB)", text, re.IGNORECASE)
     if not found:
         return None
-    unit = {"gb": 1e9, "gib": GIB, "g": 1e9, "mb": 1e6, "mib": 1 << 20, "tb": 1e12, "tib": 1 << 40}[found.group(2).lower()]
+    unit = {"gb": 1e9, "gib": GIB, "g": 1e9, "mb": 1e6, "mib": 1 << 20, "tb": 1e12, "tib": 1 << 40}[
+        found.group(2).lower()
+    ]
     return Device(text, "memory", "any", int(float(found.group(1)) * unit), 1.0, 0, 0.0, {})

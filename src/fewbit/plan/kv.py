@@ -61,7 +61,9 @@ def kv_bits(dtype: str) -> Fraction:
 
 def kv_layers(text: Mapping[str, Any]) -> tuple[KvLayer, ...]:
     """What every layer of a model keeps; () when the config does not say or the model is an encoder."""
-    count = next((int(text[key]) for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if text.get(key)), 0)
+    count = next(
+        (int(text[key]) for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if text.get(key)), 0
+    )
     heads = next((int(text[key]) for key in ("num_attention_heads", "n_head", "n_heads") if text.get(key)), 0)
     hidden = next((int(text[key]) for key in ("hidden_size", "n_embd", "d_model") if text.get(key)), 0)
     if not count or not heads or not hidden or text.get("model_type") in _ENCODERS:
@@ -105,7 +107,9 @@ def _layer(kind: str, text: Mapping[str, Any], heads: int, hidden: int) -> KvLay
         return KvLayer("none")
     if text.get("kv_lora_rank"):
         return KvLayer("latent", int(text["kv_lora_rank"]) + int(text.get("qk_rope_head_dim") or 0))
-    kv_heads = int(text.get("num_key_value_heads") or text.get("n_head_kv") or (1 if text.get("multi_query") else heads))
+    kv_heads = int(
+        text.get("num_key_value_heads") or text.get("n_head_kv") or (1 if text.get("multi_query") else heads)
+    )
     head_dim = int(text.get("head_dim") or hidden // heads)
     values = kv_heads * (head_dim + int(text.get("v_head_dim") or head_dim))
     window = text.get("sliding_window") or text.get("attention_chunk_size")
@@ -144,7 +148,11 @@ def _kinds(text: Mapping[str, Any], count: int) -> list[str]:
         return ["full"] * count
     if text.get("no_rope_layers"):  # Llama 4: layers with rotary positions attend in chunks
         return ["sliding" if flag else "full" for flag in text["no_rope_layers"]][:count]
-    pattern = text.get("sliding_window_pattern") or text.get("_sliding_window_pattern") or _PATTERNS.get(str(text.get("model_type")))
+    pattern = (
+        text.get("sliding_window_pattern")
+        or text.get("_sliding_window_pattern")
+        or _PATTERNS.get(str(text.get("model_type")))
+    )
     if pattern:
         return ["full" if (layer + 1) % int(pattern) == 0 else "sliding" for layer in range(count)]
     if text.get("max_window_layers") is not None and text.get("use_sliding_window"):

@@ -82,7 +82,9 @@ def activation_bytes(model: Model, use: Use) -> int:
 def needed(model: Model, size: Size, layers: tuple[KvLayer, ...], use: Use, device: Device | None = None) -> Needed:
     """What running a model in one storage takes (with `device`, its runtime's overhead too)."""
     overhead = device.overhead_bytes * device.count if device else 0
-    return Needed(size.total, kv_bytes(layers, use.context, use.batch, use.kv_dtype), activation_bytes(model, use), overhead)
+    return Needed(
+        size.total, kv_bytes(layers, use.context, use.batch, use.kv_dtype), activation_bytes(model, use), overhead
+    )
 
 
 def fits(model: Model, size: Size, layers: tuple[KvLayer, ...], use: Use, device: Device) -> bool:
@@ -209,7 +211,18 @@ def _job(weight: Weight, storage: Storage) -> Job:
     shape = weight.matrix if scheme is not None else weight.shape
     ops = ("transpose",) if shape != weight.shape else ()
     return Job(
-        weight.name, weight.name, (weight.name,), ops, shape, weight.dtype, weight.role, weight.layer, scheme, "rtn", "", {weight.name: ("U8", (nbytes,))}
+        weight.name,
+        weight.name,
+        (weight.name,),
+        ops,
+        shape,
+        weight.dtype,
+        weight.role,
+        weight.layer,
+        scheme,
+        "rtn",
+        "",
+        {weight.name: ("U8", (nbytes,))},
     )
 
 
@@ -221,5 +234,7 @@ def assumptions(model: Model, use: Use, device: Device | None) -> Mapping[str, A
         "quantising": f"data-free; tensors are streamed, so memory follows the largest tensor; {BASE_BYTES / 1e9:.2f} GB for the program itself",
     }
     if device is not None and device.kind != "memory":
-        found["device"] = f"{device.usable:.0%} of the memory usable, {device.overhead_bytes * device.count / 1e9:.1f} GB for the runtime"
+        found["device"] = (
+            f"{device.usable:.0%} of the memory usable, {device.overhead_bytes * device.count / 1e9:.1f} GB for the runtime"
+        )
     return found

@@ -8,7 +8,18 @@ from typing import Any
 from fewbit.plan.advise import Advice, Option, Wish, advise
 from fewbit.plan.devices import GIB, Device, devices
 from fewbit.plan.kv import KV_BITS, KvLayer, kv_bytes, kv_layers, kv_summary
-from fewbit.plan.memory import Cost, Needed, Split, Use, assumptions, fits, longest_context, needed, offload, quantize_cost
+from fewbit.plan.memory import (
+    Cost,
+    Needed,
+    Split,
+    Use,
+    assumptions,
+    fits,
+    longest_context,
+    needed,
+    offload,
+    quantize_cost,
+)
 from fewbit.plan.shapes import Model
 from fewbit.plan.sizes import LISTED, STORAGES, Size, count_by_kind, size_of
 from fewbit.plan.throughput import Speed, decode_bytes, offloaded_decode, speed
@@ -74,13 +85,22 @@ class Overview:
         return {
             "model": facts,
             "use": self.use,
-            "kinds": {kind: dict(zip(("tensors", "params", "bytes"), row, strict=True)) for kind, row in count_by_kind(model).items()},
-            "kv": {"summary": kv_summary(self.layers), "bytes": kv_bytes(self.layers, self.use.context, self.use.batch, self.use.kv_dtype)},
+            "kinds": {
+                kind: dict(zip(("tensors", "params", "bytes"), row, strict=True))
+                for kind, row in count_by_kind(model).items()
+            },
+            "kv": {
+                "summary": kv_summary(self.layers),
+                "bytes": kv_bytes(self.layers, self.use.context, self.use.batch, self.use.kv_dtype),
+            },
             "kv_bytes": {dtype: kv_bytes(self.layers, self.use.context, self.use.batch, dtype) for dtype in KV_BITS},
             "storages": [_row_record(row) for row in self.rows],
-            "training": [{**row.__dict__, "total": row.total, "total_unchecked": row.total_unchecked} for row in self.trainings],
+            "training": [
+                {**row.__dict__, "total": row.total, "total_unchecked": row.total_unchecked} for row in self.trainings
+            ],
             "recommendations": {
-                device.name: option_record(advice.best) if advice.best else None for device, advice in zip(self.devices, self.advices, strict=True)
+                device.name: option_record(advice.best) if advice.best else None
+                for device, advice in zip(self.devices, self.advices, strict=True)
             },
             "by_memory_gib": {str(size): option.name if option else None for size, option in self.by_memory},
             "assumptions": assumptions(model, self.use, self.devices[0] if self.devices else None),
@@ -110,7 +130,13 @@ def option_record(option: Option) -> dict[str, Any]:
 
 
 def overview(
-    model: Model, use: Use, chosen: tuple[Device, ...] = (), *, wish: Wish | None = None, sequence: int = 2048, workers: int = 2
+    model: Model,
+    use: Use,
+    chosen: tuple[Device, ...] = (),
+    *,
+    wish: Wish | None = None,
+    sequence: int = 2048,
+    workers: int = 2,
 ) -> Overview:
     """Everything known about running, training and quantising a model."""
     layers = kv_layers(model.text)
@@ -121,7 +147,9 @@ def overview(
     return Overview(model, use, layers, rows, training(model, sequence=sequence), chosen, advices, by_memory)
 
 
-def _row(model: Model, label: str, layers: tuple[KvLayer, ...], use: Use, chosen: tuple[Device, ...], workers: int) -> Row:
+def _row(
+    model: Model, label: str, layers: tuple[KvLayer, ...], use: Use, chosen: tuple[Device, ...], workers: int
+) -> Row:
     storage = STORAGES[label]
     size = size_of(model, storage)
     needs = needed(model, size, layers, use)
@@ -136,7 +164,17 @@ def _row(model: Model, label: str, layers: tuple[KvLayer, ...], use: Use, chosen
         )  # fmt: skip
     holders = tuple(name for name, device in devices().items() if needs.total <= device.budget)
     cost = quantize_cost(model, storage, workers=workers)
-    return Row(label, storage.spelling, storage.target, size, needs, cost, decode_bytes(model, storage, layers, use), tuple(on), holders)
+    return Row(
+        label,
+        storage.spelling,
+        storage.target,
+        size,
+        needs,
+        cost,
+        decode_bytes(model, storage, layers, use),
+        tuple(on),
+        holders,
+    )
 
 
 def _offloaded(size: Size, split: Split, layers: tuple[KvLayer, ...], use: Use, device: Device) -> float:

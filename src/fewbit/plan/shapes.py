@@ -135,7 +135,9 @@ class Model:
 
     @property
     def max_context(self) -> int | None:
-        found = _first(self.text, "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
+        found = _first(
+            self.text, "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length"
+        )
         return int(found) if found else None
 
     @property
@@ -147,7 +149,9 @@ def _first(config: Mapping[str, Any], *keys: str) -> Any:
     return next((config[key] for key in keys if config.get(key) is not None), None)
 
 
-def model_from_manifest(name: str, manifest: Manifest, config: Mapping[str, Any], disk_bytes: int | None = None) -> Model:
+def model_from_manifest(
+    name: str, manifest: Manifest, config: Mapping[str, Any], disk_bytes: int | None = None
+) -> Model:
     """A model from the headers of its files; exact whatever its family."""
     counted: dict[tuple[str, tuple[int, ...], str], int] = {}
     for info in manifest.values():
@@ -157,7 +161,15 @@ def model_from_manifest(name: str, manifest: Manifest, config: Mapping[str, Any]
     text, notes = text_config(config), ()
     if not text:
         notes = ("no config: the KV cache and activations are unknown",)
-    return Model(name, config, text, _with_facts(rows, config), "headers", manifest.nbytes if disk_bytes is None else disk_bytes, notes)
+    return Model(
+        name,
+        config,
+        text,
+        _with_facts(rows, config),
+        "headers",
+        manifest.nbytes if disk_bytes is None else disk_bytes,
+        notes,
+    )
 
 
 def model_from_config(name: str, config: Mapping[str, Any]) -> Model:
@@ -166,7 +178,12 @@ def model_from_config(name: str, config: Mapping[str, Any]) -> Model:
     Raises:
         InputError: FB-E0450 when the family is not in `shapes.toml`, FB-E0451 when the config lacks what its shapes need.
     """
-    dtype = _DTYPES.get(str(_first(config, "torch_dtype", "dtype") or _first(text_config(config), "torch_dtype", "dtype") or "bfloat16"), "BF16")
+    dtype = _DTYPES.get(
+        str(
+            _first(config, "torch_dtype", "dtype") or _first(text_config(config), "torch_dtype", "dtype") or "bfloat16"
+        ),
+        "BF16",
+    )
     notes: tuple[str, ...] = ("tensor shapes were derived from config.json; the files themselves were not seen",)
     model_type = str(config.get("model_type", ""))
     composite = _tables()["composite"].get(model_type)
@@ -183,7 +200,14 @@ def model_from_config(name: str, config: Mapping[str, Any]) -> Model:
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The language part of a config, flat, with the defaults that its family's config class would fill in."""
-    inner = next((config[key] for key in ("text_config", "llm_config", "language_config") if isinstance(config.get(key), Mapping)), config)
+    inner = next(
+        (
+            config[key]
+            for key in ("text_config", "llm_config", "language_config")
+            if isinstance(config.get(key), Mapping)
+        ),
+        config,
+    )
     model_type = str(inner.get("model_type") or config.get("model_type") or "")
     found = next((family for family in _tables()["family"].values() if model_type in family["model_types"]), None)
     defaults = {} if found is None else {**_tables()["common"]["defaults"], **found.get("defaults", {})}
@@ -193,12 +217,19 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def known_model_types() -> tuple[str, ...]:
     """Every model_type whose shapes follow from its config."""
     tables = _tables()
-    return tuple(sorted({kind for family in tables["family"].values() for kind in family["model_types"]} | set(tables["composite"])))
+    return tuple(
+        sorted(
+            {kind for family in tables["family"].values() for kind in family["model_types"]} | set(tables["composite"])
+        )
+    )
 
 
 def _with_facts(rows: list[tuple[str, tuple[int, ...], str, int]], config: Mapping[str, Any]) -> tuple[Weight, ...]:
     """Rows of (name, shape, dtype, count) with what `arch` knows of each tensor."""
-    infos = {f"{index}|{name}": TensorInfo(name.replace("*", "0"), dtype, shape, 0) for index, (name, shape, dtype, _) in enumerate(rows)}
+    infos = {
+        f"{index}|{name}": TensorInfo(name.replace("*", "0"), dtype, shape, 0)
+        for index, (name, shape, dtype, _) in enumerate(rows)
+    }
     known = facts(Manifest({info.name + f"|{key}": info for key, info in infos.items()}), config)
     weights = []
     for (name, shape, dtype, count), fact in zip(rows, known.values(), strict=True):
@@ -242,7 +273,11 @@ def _family(model_type: str) -> dict[str, Any]:
     if found is None:
         known = ", ".join(known_model_types())
         what = f"no shape table for model_type {model_type or '(none given)'!r}; there are {known}"
-        raise InputError("FB-E0450", what, remedy="give a directory or hub id with safetensors files: their headers are exact for any family")
+        raise InputError(
+            "FB-E0450",
+            what,
+            remedy="give a directory or hub id with safetensors files: their headers are exact for any family",
+        )
     return found
 
 
@@ -264,7 +299,13 @@ def _lines(text: str) -> tuple[_Line, ...]:
         body, _, condition = line.partition(" if ")
         name, *shape = re.split(r"\s{2,}", body.strip())
         found.append(
-            _Line(name, tuple(map(_compiled, shape)), _compiled(condition.strip()) if condition else None, "{layer}" in name, "{expert}" in name)
+            _Line(
+                name,
+                tuple(map(_compiled, shape)),
+                _compiled(condition.strip()) if condition else None,
+                "{layer}" in name,
+                "{expert}" in name,
+            )
         )
     return tuple(found)
 
@@ -298,7 +339,13 @@ def _evaluate(code: CodeType, names: _Names) -> Any:
 def _family_rows(family: Mapping[str, Any], config: Mapping[str, Any]) -> Iterable[tuple[str, tuple[int, ...], int]]:
     """(name, shape, count) of all tensors of a family for one config."""
     tables = _tables()
-    names = _Names({**tables["common"]["defaults"], **family.get("defaults", {}), **{k: v for k, v in config.items() if v is not None}})
+    names = _Names(
+        {
+            **tables["common"]["defaults"],
+            **family.get("defaults", {}),
+            **{k: v for k, v in config.items() if v is not None},
+        }
+    )
     let = {**tables["common"]["let"], **family.get("let", {})}
     if family.get("alone"):
         let = dict(family["let"])

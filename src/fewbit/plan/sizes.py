@@ -90,7 +90,11 @@ def weight_scheme(weight: Weight, storage: Storage) -> Scheme | None:
 
 def gguf_scheme(weight: Weight, scheme: Scheme) -> Scheme | None:
     """GGUF quantises every matrix but routers and positions; the head gets six bits at least; short rows fall back on blocks of 32."""
-    if len(weight.shape) < 2 or weight.role in ("router", "position", "conv", "norm", "bias", "sinks") or weight.kind == "vision":
+    if (
+        len(weight.shape) < 2
+        or weight.role in ("router", "position", "conv", "norm", "bias", "sinks")
+        or weight.kind == "vision"
+    ):
         return None
     if weight.role == "head" and scheme.bits_per_weight((256, 256)) < 6.5:
         scheme = parse_scheme("q6_k")
@@ -101,11 +105,32 @@ def gguf_scheme(weight: Weight, scheme: Scheme) -> Scheme | None:
     return None if scheme.span and cols % scheme.span else scheme
 
 
-_FALLBACK = ((4.2, "iq4_nl"), (4.6, "q5_0"), (5.6, "q5_1"), (9.0, "q8_0"))  # llama.cpp's substitutes when a row is no multiple of 256
+_FALLBACK = (
+    (4.2, "iq4_nl"),
+    (4.6, "q5_0"),
+    (5.6, "q5_1"),
+    (9.0, "q8_0"),
+)  # llama.cpp's substitutes when a row is no multiple of 256
 
 
 # the storages that `fewbit plan` lists; the others differ from one of these in a detail only
-LISTED = ("FP32", "BF16", "FP8", "INT8 W8A8", "Q8_0", "Q6_K", "Q5_K_M", "NVFP4", "Q4_K_M", "IQ4_XS", "MXFP4", "INT4 g128", "NF4", "Q3_K_M", "Q2_K")
+LISTED = (
+    "FP32",
+    "BF16",
+    "FP8",
+    "INT8 W8A8",
+    "Q8_0",
+    "Q6_K",
+    "Q5_K_M",
+    "NVFP4",
+    "Q4_K_M",
+    "IQ4_XS",
+    "MXFP4",
+    "INT4 g128",
+    "NF4",
+    "Q3_K_M",
+    "Q2_K",
+)
 
 
 @functools.lru_cache(maxsize=256)
@@ -114,7 +139,16 @@ def all_bytes(model: Model, storage: Storage) -> tuple[int, ...]:
     known: dict[tuple, int] = {}
     found = []
     for weight in model.weights:
-        key = (weight.shape, weight.matrix, weight.dtype, weight.role, weight.kind, weight.kept, weight.count, weight.layer if storage.mixed else None)
+        key = (
+            weight.shape,
+            weight.matrix,
+            weight.dtype,
+            weight.role,
+            weight.kind,
+            weight.kept,
+            weight.count,
+            weight.layer if storage.mixed else None,
+        )
         if key not in known:
             known[key] = weight_bytes(weight, storage)
         found.append(known[key])

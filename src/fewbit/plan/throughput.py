@@ -51,7 +51,10 @@ def matmul_params(model: Model) -> int:
     return sum(
         round(weight.numel * model.share(weight))
         for weight in model.weights
-        if len(weight.shape) >= 2 and weight.kind != "vision" and weight.role != "position" and (weight.role != "embed" or model.tied)
+        if len(weight.shape) >= 2
+        and weight.kind != "vision"
+        and weight.role != "position"
+        and (weight.role != "embed" or model.tied)
     )
 
 
@@ -64,8 +67,12 @@ def prefill_operations(model: Model, layers: tuple[KvLayer, ...], context: int) 
     heads = int(model.text.get("num_attention_heads") or model.text.get("n_head") or 0)
     head_dim = int(model.text.get("head_dim") or model.hidden_size // max(1, heads))
     if model.text.get("kv_lora_rank"):
-        head_dim = (int(model.text["qk_nope_head_dim"]) + int(model.text["qk_rope_head_dim"]) + int(model.text["v_head_dim"])) // 2
-    seen = sum(layer.tokens(context) - layer.tokens(context) ** 2 / (2 * max(1, context)) for layer in layers if layer.values)
+        head_dim = (
+            int(model.text["qk_nope_head_dim"]) + int(model.text["qk_rope_head_dim"]) + int(model.text["v_head_dim"])
+        ) // 2
+    seen = sum(
+        layer.tokens(context) - layer.tokens(context) ** 2 / (2 * max(1, context)) for layer in layers if layer.values
+    )
     attention = 2 * 2 * heads * head_dim * context * seen
     return 2.0 * (matmul_params(model) - head) * context + 2.0 * head + attention
 

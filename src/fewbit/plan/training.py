@@ -64,7 +64,11 @@ class Training:
 
 def adapter_params(model: Model, rank: int) -> int:
     """Parameters of low-rank adapters on every linear layer: rank x (in + out) each."""
-    return sum(rank * (weight.matrix[-1] + weight.matrix[-2]) * weight.count * _stack(weight.matrix) for weight in model.weights if not weight.kept)
+    return sum(
+        rank * (weight.matrix[-1] + weight.matrix[-2]) * weight.count * _stack(weight.matrix)
+        for weight in model.weights
+        if not weight.kept
+    )
 
 
 def _stack(matrix: tuple[int, ...]) -> int:

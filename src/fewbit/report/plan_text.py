@@ -21,7 +21,15 @@ GOOD, BAD, DIM, HEAD = "green", "red", "dim", "bold cyan"
 def gb(nbytes: float) -> str:
     """Gigabytes (10^9), three figures."""
     value = nbytes / 1e9
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+    return (
+        f"{value:,.0f}"
+        if value >= 1000
+        else f"{value:.3g}"
+        if value < 1
+        else f"{value:.2f}"
+        if value < 10
+        else f"{value:.1f}"
+    )
 
 
 def tokens(number: float) -> str:
@@ -45,7 +53,14 @@ def model_line(model: Model) -> Text:
     heads, kv_heads = text.get("num_attention_heads") or text.get("n_head"), text.get("num_key_value_heads")
     parts = [model.model_type, f"{model.layers} layers", f"hidden {model.hidden_size:,}"]
     if heads:
-        parts.append(f"{heads} heads" + (f", {kv_heads} for keys and values" if kv_heads and kv_heads != heads and not text.get("kv_lora_rank") else ""))
+        parts.append(
+            f"{heads} heads"
+            + (
+                f", {kv_heads} for keys and values"
+                if kv_heads and kv_heads != heads and not text.get("kv_lora_rank")
+                else ""
+            )
+        )
     if model.experts:
         parts.append(f"{model.experts} experts, {model.experts_per_token} a token")
     parts.append(f"vocabulary {model.vocab_size:,}" + (", tied" if model.tied else ""))
@@ -74,7 +89,9 @@ def page(made: Overview) -> str:
 
 
 def use_words(use: Use) -> str:
-    return f"{use.context:,} tokens" + (f" x {use.batch} sequences" if use.batch > 1 else "") + f", {use.kv_dtype} cache"
+    return (
+        f"{use.context:,} tokens" + (f" x {use.batch} sequences" if use.batch > 1 else "") + f", {use.kv_dtype} cache"
+    )
 
 
 def _recommendation(made: Overview, device: Device, advice: Advice) -> Text:
@@ -85,11 +102,15 @@ def _recommendation(made: Overview, device: Device, advice: Advice) -> Text:
         line.append("\nnothing fits whole", style=BAD)
         if candidates:
             near = candidates[0]
-            line.append(f"; nearest: {near.name} with {near.on_device} of {near.layers} layers on the device, {gb(near.needed.total)} GB needed")
+            line.append(
+                f"; nearest: {near.name} with {near.on_device} of {near.layers} layers on the device, {gb(near.needed.total)} GB needed"
+            )
             line.append(f"\n$ {near.command}", style="bold") if near.command else None
         return line
     line.append(f"\n{best.name}", style=f"bold {GOOD}")
-    line.append(f"   {gb(best.size.total)} GB of weights, {gb(best.needed.total)} GB in all; {loss_words(best)}; {speed_words(best)}")
+    line.append(
+        f"   {gb(best.size.total)} GB of weights, {gb(best.needed.total)} GB in all; {loss_words(best)}; {speed_words(best)}"
+    )
     if best.command:
         line.append(f"\n$ {best.command}", style="bold")
     line.append("\nwhy, and what else: fewbit advise", style=DIM)
@@ -105,7 +126,13 @@ def loss_words(option: Option) -> str:
 def speed_words(option: Option) -> str:
     if not option.speed.decode:
         return "speed unknown"
-    sign = "the speed of BF16" if abs(option.speedup - 1) < 0.02 else f"{option.speedup:.1f} x BF16" if option.speedup > 1 else f"SLOWER than BF16 ({option.speedup:.2f} x)"
+    sign = (
+        "the speed of BF16"
+        if abs(option.speedup - 1) < 0.02
+        else f"{option.speedup:.1f} x BF16"
+        if option.speedup > 1
+        else f"SLOWER than BF16 ({option.speedup:.2f} x)"
+    )
     return f"at most {tokens(option.speed.decode)} tokens/s, {sign}"
 
 
@@ -115,9 +142,20 @@ def _by_memory(made: Overview) -> list[Any]:
         if option is None:
             rows.append((f"{size} GB", Text("nothing fits", style=DIM), "", "", ""))
         else:
-            rows.append((f"{size} GB", Text(option.name, style=GOOD), gb(option.needed.total), _kl(option), option.command or "as it is"))
+            rows.append(
+                (
+                    f"{size} GB",
+                    Text(option.name, style=GOOD),
+                    gb(option.needed.total),
+                    _kl(option),
+                    option.command or "as it is",
+                )
+            )
     columns = (("card", "right"), ("choose", "left"), ("needs GB", "right"), ("KL", "right"), ("command", "left"))
-    return [heading("Recommended by memory", f"least loss that fits {use_words(made.use)}; name a --device for speed too"), table(columns, rows)]
+    return [
+        heading("Recommended by memory", f"least loss that fits {use_words(made.use)}; name a --device for speed too"),
+        table(columns, rows),
+    ]
 
 
 def _kl(option: Option) -> str:
@@ -126,7 +164,15 @@ def _kl(option: Option) -> str:
 
 def _storages(made: Overview) -> list[Any]:
     moe = made.model.experts > 0
-    columns = [("scheme", "left"), ("weights", "right"), ("bits/weight", "right"), ("metadata", "right"), ("cache", "right"), ("working", "right"), ("needed GB", "right")]
+    columns = [
+        ("scheme", "left"),
+        ("weights", "right"),
+        ("bits/weight", "right"),
+        ("metadata", "right"),
+        ("cache", "right"),
+        ("working", "right"),
+        ("needed GB", "right"),
+    ]
     columns += [("read a token", "right")] if moe else []
     rows = []
     for row in made.rows:
@@ -135,19 +181,32 @@ def _storages(made: Overview) -> list[Any]:
             gb(row.needed.kv), gb(row.needed.activations), Text(gb(row.needed.total), style="bold"),
         ]  # fmt: skip
         rows.append(cells + ([gb(row.step_bytes)] if moe else []))
-    return [heading("Memory to run it", f"GB of 10^9 bytes; {use_words(made.use)}; the device's own overhead comes on top"), table(columns, rows)]
+    return [
+        heading("Memory to run it", f"GB of 10^9 bytes; {use_words(made.use)}; the device's own overhead comes on top"),
+        table(columns, rows),
+    ]
 
 
 def _device(made: Overview, device: Device, fits: list[OnDevice]) -> list[Any]:
-    facts = [f"{device.memory_bytes / GIB:.4g} GiB ({gb(device.memory_bytes)} GB), {gb(device.budget)} GB of it for the model"]
+    facts = [
+        f"{device.memory_bytes / GIB:.4g} GiB ({gb(device.memory_bytes)} GB), {gb(device.budget)} GB of it for the model"
+    ]
     if device.bandwidth:
         facts.append(f"{device.bandwidth / 1e9:,.0f} GB/s")
-    rates = [f"{label} {device.rate(dtype) / 1e12:,.0f}" for dtype, label in (("bf16", "16-bit"), ("fp8", "FP8"), ("int8", "INT8"), ("fp4", "FP4")) if device.rate(dtype)]
+    rates = [
+        f"{label} {device.rate(dtype) / 1e12:,.0f}"
+        for dtype, label in (("bf16", "16-bit"), ("fp8", "FP8"), ("int8", "INT8"), ("fp4", "FP4"))
+        if device.rate(dtype)
+    ]
     facts += [f"TFLOPS: {', '.join(rates)}"] if rates else []
     rows = []
     for row, on in zip(made.rows, fits, strict=True):
         held = on.fits
-        verdict = Text("fits", style=GOOD) if held else Text(f"{on.split.on_device}/{on.split.layers} layers" if on.split.on_device else "no", style=BAD)
+        verdict = (
+            Text("fits", style=GOOD)
+            if held
+            else Text(f"{on.split.on_device}/{on.split.layers} layers" if on.split.on_device else "no", style=BAD)
+        )
         decode = on.speed.decode if held else on.offloaded_decode
         rows.append(
             (
@@ -172,7 +231,13 @@ def _holders(made: Overview) -> list[Any]:
             cells.append(Text(tokens(_context(made, row, device)), style=GOOD) if held else Text("·", style=DIM))
         rows.append(cells)
     columns = [("scheme", "left"), ("GB", "right")] + [(_short(device), "right") for device in shown]
-    return [heading("Devices that hold it", "and the longest context of one that does; · is too small. `fewbit plan --devices` lists all"), table(columns, rows)]
+    return [
+        heading(
+            "Devices that hold it",
+            "and the longest context of one that does; · is too small. `fewbit plan --devices` lists all",
+        ),
+        table(columns, rows),
+    ]
 
 
 def _context(made: Overview, row: Row, device: Device) -> int:
@@ -180,14 +245,29 @@ def _context(made: Overview, row: Row, device: Device) -> int:
 
 
 def _short(device: Device) -> str:
-    name = device.name.removeprefix("RTX ").removeprefix("Apple ").replace(" 128GB", "").replace("Desktop ", "").replace(" 64GB", "")
+    name = (
+        device.name.removeprefix("RTX ")
+        .removeprefix("Apple ")
+        .replace(" 128GB", "")
+        .replace("Desktop ", "")
+        .replace(" 64GB", "")
+    )
     return f"{name}\n{device.memory_bytes / GIB:.0f}"
 
 
 def _kinds(made: Overview) -> list[Any]:
     total = made.model.params
-    rows = [(kind, f"{count:,}", f"{params:,}", f"{params / total:.1%}", gb(nbytes)) for kind, (count, params, nbytes) in count_by_kind(made.model).items()]
-    columns = (("part", "left"), ("tensors", "right"), ("parameters", "right"), ("share", "right"), ("GB as given", "right"))
+    rows = [
+        (kind, f"{count:,}", f"{params:,}", f"{params / total:.1%}", gb(nbytes))
+        for kind, (count, params, nbytes) in count_by_kind(made.model).items()
+    ]
+    columns = (
+        ("part", "left"),
+        ("tensors", "right"),
+        ("parameters", "right"),
+        ("share", "right"),
+        ("GB as given", "right"),
+    )
     return [heading("Where the parameters are"), table(columns, rows)]
 
 
@@ -197,7 +277,10 @@ def _cache(made: Overview) -> list[Any]:
     limit = made.model.max_context or 1 << 20
     contexts = sorted({made.use.context, *(size for size in (2048, 8192, 32768, 131072) if size <= limit)})
     dtypes = [dtype for dtype in ("f16", "fp8", "q8_0", "q4_0") if dtype in KV_BITS]
-    rows = [(f"{context:,}", *(gb(kv_bytes(made.layers, context, made.use.batch, dtype)) for dtype in dtypes)) for context in contexts]
+    rows = [
+        (f"{context:,}", *(gb(kv_bytes(made.layers, context, made.use.batch, dtype)) for dtype in dtypes))
+        for context in contexts
+    ]
     columns = [("tokens", "right")] + [(f"{dtype} GB", "right") for dtype in dtypes]
     return [heading("Key-value cache", kv_summary(made.layers)), table(columns, rows)]
 
@@ -214,13 +297,35 @@ def _training(made: Overview) -> list[Any]:
         ("recipe", "left"), ("trained", "right"), ("weights", "right"), ("gradients", "right"), ("optimiser", "right"), ("activations", "right"),
         ("unchecked", "right"), ("total GB", "right"), ("", "left"),
     )  # fmt: skip
-    return [heading("Memory to train it", "one sequence; activations with gradient checkpointing, and without it; LoRA of rank 16 on every linear layer"), table(columns, rows)]
+    return [
+        heading(
+            "Memory to train it",
+            "one sequence; activations with gradient checkpointing, and without it; LoRA of rank 16 on every linear layer",
+        ),
+        table(columns, rows),
+    ]
 
 
 def _cost(made: Overview) -> list[Any]:
-    rows = [(row.label, gb(row.cost.peak), gb(row.cost.disk), gb(row.cost.read), clock(row.cost.seconds)) for row in made.rows if row.target and row.label != "FP32"]
-    columns = (("to", "left"), ("peak RAM GB", "right"), ("disk GB", "right"), ("read GB", "right"), ("time, roughly", "right"))
-    return [heading("Quantising it here", "data-free; calibrated methods run the model once more, see `fewbit quantize --dry-run`"), table(columns, rows)]
+    rows = [
+        (row.label, gb(row.cost.peak), gb(row.cost.disk), gb(row.cost.read), clock(row.cost.seconds))
+        for row in made.rows
+        if row.target and row.label != "FP32"
+    ]
+    columns = (
+        ("to", "left"),
+        ("peak RAM GB", "right"),
+        ("disk GB", "right"),
+        ("read GB", "right"),
+        ("time, roughly", "right"),
+    )
+    return [
+        heading(
+            "Quantising it here",
+            "data-free; calibrated methods run the model once more, see `fewbit quantize --dry-run`",
+        ),
+        table(columns, rows),
+    ]
 
 
 def clock(seconds: float) -> str:
@@ -236,7 +341,10 @@ def _assumptions(made: Overview) -> list[Any]:
     found = assumptions(made.model, made.use, made.devices[0] if made.devices else None)
     for name, text in found.items():
         line.append(f"\n{name}: {text}", style=DIM)
-    line.append("\nspeeds are ceilings (bandwidth over bytes read; operations over peak rate): real engines reach 50 to 90 % of the first", style=DIM)
+    line.append(
+        "\nspeeds are ceilings (bandwidth over bytes read; operations over peak rate): real engines reach 50 to 90 % of the first",
+        style=DIM,
+    )
     return [line]
 
 
@@ -244,13 +352,21 @@ def device_page() -> str:
     """`fewbit plan --devices`."""
     rows = []
     for device in devices().values():
-        rates = [f"{device.tflops[dtype]:,.4g}" if dtype in device.tflops else "·" for dtype in ("fp16", "bf16", "int8", "fp8", "fp4")]
-        rows.append((device.name, device.kind, f"{device.memory_bytes / GIB:.4g}", f"{device.bandwidth / 1e9:,.0f}", *rates))
+        rates = [
+            f"{device.tflops[dtype]:,.4g}" if dtype in device.tflops else "·"
+            for dtype in ("fp16", "bf16", "int8", "fp8", "fp4")
+        ]
+        rows.append(
+            (device.name, device.kind, f"{device.memory_bytes / GIB:.4g}", f"{device.bandwidth / 1e9:,.0f}", *rates)
+        )
     columns = (
         ("device", "left"), ("kind", "left"), ("GiB", "right"), ("GB/s", "right"), ("FP16", "right"), ("BF16", "right"), ("INT8", "right"),
         ("FP8", "right"), ("FP4", "right"),
     )  # fmt: skip
-    return render(heading("Devices", "rates in 10^12 operations a second, dense; · is not multiplied natively"), table(columns, rows))
+    return render(
+        heading("Devices", "rates in 10^12 operations a second, dense; · is not multiplied natively"),
+        table(columns, rows),
+    )
 
 
 # ---- advise
@@ -282,7 +398,9 @@ def advice_page(model: Model, device: Device, advice: Advice, limit: int = 6) ->
 def _first(option: Option, device: Device) -> Text:
     line = heading(f"Choose {option.name}")
     fit = "fits whole" if option.fits else f"{option.on_device} of {option.layers} layers fit {device.name}"
-    line.append(f"\n{gb(option.size.total)} GB of weights ({option.size.bits_per_weight:.2f} bits each), {gb(option.needed.total)} GB in all: {fit}")
+    line.append(
+        f"\n{gb(option.size.total)} GB of weights ({option.size.bits_per_weight:.2f} bits each), {gb(option.needed.total)} GB in all: {fit}"
+    )
     line.append(f"\n{loss_words(option)}; {speed_words(option)}")
     for warning in option.warnings:
         line.append(f"\nnote: {warning}", style="yellow")
@@ -293,8 +411,12 @@ def _first(option: Option, device: Device) -> Text:
 def _ranking(options: list[Option]) -> Any:
     rows = []
     for rank, option in enumerate(options, 1):
-        fit = Text("whole", style=GOOD) if option.fits else Text(f"{option.on_device}/{option.layers} layers", style=BAD)
-        ratio = Text("?" if not option.speed.decode else f"{option.speedup:.2f} x", style="" if option.speedup >= 0.98 else BAD)
+        fit = (
+            Text("whole", style=GOOD) if option.fits else Text(f"{option.on_device}/{option.layers} layers", style=BAD)
+        )
+        ratio = Text(
+            "?" if not option.speed.decode else f"{option.speedup:.2f} x", style="" if option.speedup >= 0.98 else BAD
+        )
         risk = Text(option.risk, style={"low": GOOD, "medium": "yellow", "high": BAD}[option.risk])
         rows.append(
             (
