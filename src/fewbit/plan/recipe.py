@@ -68,7 +68,7 @@ def parse_size(text: str) -> int:
     scale = 1024 ** "kmgt".index(unit[0]) * 1024 if unit.endswith("ib") else units.get(unit.removesuffix("b") or "")
     try:
         size = int(float(number) * scale)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError("FB-E0402", f"{text!r} is not a size") from None
     if size <= 0:
         raise InputError("FB-E0402", f"a size must be positive, got {text!r}")

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from fewbit.api import Result
     from fewbit.plan.jobs import Output, Plan
+    from fewbit.run.result import Result
 
 
 def human_bytes(nbytes: float) -> str:
