@@ -28,7 +28,7 @@ SPELLINGS = [
     "fp8-e4m3-channel+fp8-e4m3-token", "fp8-e4m3-tensor+fp8-e4m3-tensor", "fp8-e4m3-tensor+fp8-e4m3-tensor-static",
     "fp8-e4m3-block128+fp8-e4m3-g128", "fp8-e4m3-channel-bf16+fp8-e4m3-token", "fp8-e5m2-tensor", "fp8-e4m3-channel-f16",
     "mxfp4", "mxfp8", "mxfp6-e2m3", "mxfp6-e3m2", "nvfp4", "mxfp4+mxfp4", "mxfp8+mxfp8", "mxfp4+mxfp8", "nvfp4+nvfp4-static",
-    "fp4-g16-fp8-e4m3",
+    "fp4-g16-fp8-e4m3", "fp8-e4m3-block128-e8m0+fp8-e4m3-g128", *(f"uint{bits}-g64-f32-min{{f32}}" for bits in (2, 4, 8)),
     "nf4-g64", "nf4-flat64", "nf4-flat64-dq", "nf4-flat128-dq", "bnbfp4-flat64", "bnbfp4-flat64-dq", "nf4-g64-dq", "int8-channel-f32",
     *(f"int{bits}-g64-asym{{f16}}" for bits in (1, 2, 3, 4, 8)), *(f"int{bits}-g64-bf16-asym{{bf16}}" for bits in (2, 4)),
     *presets(), "bf16", "f16", "f32",

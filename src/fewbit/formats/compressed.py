@@ -192,9 +192,9 @@ def _encode_input(name: str, q: QTensor) -> dict[str, torch.Tensor]:
     stored = _input_part(name, q.scheme)
     if stored is None:
         return {}
-    if "input_scale" not in q.sides:
-        raise InputError("FB-E0620", f"{q.scheme} stores an activation scale and none was calibrated", tensor=name)
-    scale = q.sides["input_scale"].float().reshape(1)
+    from fewbit.formats.words import input_scale
+
+    scale = input_scale(name, q)
     return {stored: 1.0 / scale if stored.endswith("global_scale") else scale}
 
 

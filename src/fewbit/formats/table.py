@@ -101,6 +101,8 @@ _ROWS: dict[str, str] = {
     "gptq-v2": "fewbit.formats.gptq:V2",
     "awq": "fewbit.formats.awq",
     "bitsandbytes": "fewbit.formats.bnb",
+    "fp8": "fewbit.formats.fp8",
+    "mlx": "fewbit.formats.mlx",
     "dense": "fewbit.formats.dense",
     "dense-f16": "fewbit.formats.dense:F16",
     "dense-f32": "fewbit.formats.dense:F32",

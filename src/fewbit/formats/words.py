@@ -55,6 +55,17 @@ def refuse_sides(name: str, q: QTensor, format_name: str, allowed: tuple[str, ..
         )
 
 
+def input_scale(name: str, q: QTensor) -> torch.Tensor:
+    """The calibrated static activation scale, float32 [1].
+
+    Raises:
+        InputError: FB-E0620 when none was calibrated.
+    """
+    if "input_scale" not in q.sides:
+        raise InputError("FB-E0620", f"{q.scheme} stores an activation scale and none was calibrated", tensor=name)
+    return q.sides["input_scale"].float().reshape(1)
+
+
 def divisor_of(scale: torch.Tensor) -> torch.Tensor:
     """float32 d with fl(1 / d) == scale wherever such a d exists, else the nearest; some formats store the reciprocal.
 
