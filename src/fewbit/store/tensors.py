@@ -44,8 +44,10 @@ def stored_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def from_buffer(buffer: np.ndarray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     """A tensor over the bytes of `buffer` (uint8 [nbytes], owned and aligned), without copying."""
+    if not buffer.size:
+        return torch.empty(stored_shape(dtype, shape), dtype=TORCH_DTYPES[dtype])
     raw = torch.from_numpy(buffer)
-    if TORCH_DTYPES[dtype] is torch.bool and buffer.size and int(buffer.max()) > 1:
+    if TORCH_DTYPES[dtype] is torch.bool and int(buffer.max()) > 1:
         raise ValueError("a boolean other than 0 and 1")
     return raw.view(TORCH_DTYPES[dtype]).reshape(stored_shape(dtype, shape))
 

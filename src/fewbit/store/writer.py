@@ -90,10 +90,13 @@ class ShardWriter:
         self._mutex = threading.Lock()
         self.resumed = self._claim()
         try:
+            self._require_room()
             for shard in layout.shards:
                 self._create(shard.name, shard.head, shard.size)
         except BaseException:
             self.close()
+            if not self.resumed:  # nothing is lost: no tensor was written yet
+                shutil.rmtree(self.partial)
             raise
 
     def _claim(self) -> bool:
@@ -113,6 +116,16 @@ class ShardWriter:
             return True
         _write_whole(record, readable_json(expected).encode())
         return False
+
+    def _require_room(self) -> None:
+        """Refuses before the run what would fill the disk during it."""
+        held = 0
+        for shard in self.layout.shards:
+            path = self.partial / shard.name
+            held += min(getattr(path.stat(), "st_blocks", 0) * 512, shard.size) if path.exists() else 0
+        needed, free = self.layout.nbytes - held, free_bytes(self.partial)
+        if needed > free:
+            raise _disk_full(needed, free, self.partial)
 
     def _create(self, name: str, head: bytes, size: int) -> None:
         fd = os.open(self.partial / name, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
@@ -218,7 +231,10 @@ class ShardWriter:
         except OSError as error:
             raise self._failed(error, str(self.partial), 0) from None
         self.close()
-        _move_into_place(self.partial, self.out)
+        try:
+            _move_into_place(self.partial, self.out)
+        except OSError as error:
+            raise self._failed(error, str(self.partial), 0) from None
         shutil.rmtree(self.out / SCRATCH)
         return self.out
 
@@ -256,10 +272,7 @@ class ShardWriter:
         if error.errno not in _NO_ROOM:
             what = f"writing failed: {error.strerror}; what is written stays in {self.partial}"
             return ResourceError("FB-E0502", what, file=self.partial / file)
-        free = free_bytes(self.partial)
-        missing = max(needed - free, 1)
-        what = f"the disk is full: {needed:,} bytes to write, {free:,} free, {missing:,} missing; {self.partial} stays"
-        return ResourceError("FB-E0501", what, file=self.partial / file)
+        return _disk_full(needed, free_bytes(self.partial), self.partial / file)
 
     def close(self) -> None:
         """Closes the files and frees the partial folder for another process; what is written stays."""
@@ -276,6 +289,12 @@ class ShardWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _disk_full(needed: int, free: int, file: Path) -> ResourceError:
+    missing = max(needed - free, 1)
+    what = f"the disk is full: {needed:,} bytes to write, {free:,} free, {missing:,} missing"
+    return ResourceError("FB-E0501", what, file=file)
 
 
 def _bytes_of(info: TensorInfo, data: Any) -> memoryview:
