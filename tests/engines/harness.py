@@ -57,16 +57,14 @@ def run_driver(env: str, driver: str, job: dict[str, Any], timeout: float = 280,
     """Run drivers/<driver>_driver.py under the interpreter of `env`; the result, or DriverFailed unless `check` is False."""
     require_env(env)
     script = HERE / "drivers" / f"{driver}_driver.py"
-    done = subprocess.run(
-        [str(interpreter(env)), str(script)],
-        input=json.dumps(job, default=as_json),
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=timeout,
-        env=clean_environment(),
-        check=False,
-    )
+    command = [str(interpreter(env)), str(script)]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "env": clean_environment()}
+    try:
+        done = subprocess.run(command, input=json.dumps(job, default=as_json), timeout=timeout, check=False, **options)
+    except subprocess.TimeoutExpired as late:
+        raise DriverFailed(
+            f"{driver} in {env}: no answer within {timeout:.0f} s", {"ok": False, "error": "Timeout"}
+        ) from late
     lines = done.stdout.strip().splitlines()
     crash = {"ok": False, "error": "Crash", "message": f"exit status {done.returncode} and no answer", "traceback": ""}
     result: dict[str, Any] = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else crash

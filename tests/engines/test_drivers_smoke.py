@@ -88,7 +88,7 @@ def test_vllm_agrees_with_transformers(engine: Engine, reference: dict[str, Any]
     assert result["generated"] == reference["generated"]
 
 
-def test_gptqmodel_makes_gptq_that_three_loaders_read_alike(engine: Engine, sample: Path, tmp_path: Path) -> None:
+def test_gptqmodel_makes_gptq_that_two_loaders_read_alike(engine: Engine, sample: Path, tmp_path: Path) -> None:
     rows = np.random.default_rng(0).integers(2, 8192, (8, 64)).tolist()
     wish = {"out": tmp_path / "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
     engine("gptqmodel", "gptqmodel", {"model": sample, "quantize": wish, "calibration": rows})
