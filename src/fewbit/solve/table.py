@@ -95,6 +95,9 @@ class _Table(Mapping[str, Solver]):
         module, _, attribute = self._rows[name].partition(":")
         return getattr(importlib.import_module(module), attribute or "SOLVER")
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows  # without importing the row's module
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
 
