@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2] / "src" / "fewbit"
-FLOORS = [("base",), ("num",), ("math",), ("solve", "formats", "arch"), ("plan", "store", "runtime"), ("run",), ("eval", "report"), ("api",), ("cli",)]
+FLOORS = [
+    ("base",),
+    ("num",),
+    ("math",),
+    ("solve", "formats", "arch"),
+    ("plan", "store", "runtime"),
+    ("run",),
+    ("eval", "report"),
+    ("api",),
+    ("cli",),
+]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))
 TRANSFORMERS_HOMES = ("run/hf.py", "run/calib.py", "runtime/")
@@ -37,7 +47,13 @@ def wrong_imports(home: str, names: list[str]) -> list[str]:
     wrong = []
     for name in names:
         parts = name.split(".")
-        if parts[0] == "fewbit" and len(parts) > 1 and parts[1] in LEVEL and parts[1] != home and LEVEL[parts[1]] >= LEVEL[home]:
+        if (
+            parts[0] == "fewbit"
+            and len(parts) > 1
+            and parts[1] in LEVEL
+            and parts[1] != home
+            and LEVEL[parts[1]] >= LEVEL[home]
+        ):
             wrong.append(name)
     return wrong
 
@@ -73,5 +89,7 @@ def test_transformers_is_imported_in_its_homes_only(path: Path) -> None:
 )
 def test_light_imports(code: str, banned: tuple[str, ...]) -> None:
     check = f"{code}\nimport sys; print([name for name in {banned!r} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT.parents[1], timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT.parents[1], timeout=120
+    )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -75,7 +75,11 @@ def _quant_type(scheme: Scheme) -> str:
 def parts(name: str, scheme: Scheme, shape: tuple[int, ...]) -> Parts:
     """Stored tensors of one weight, from its shape alone."""
     if scheme == INT8:
-        return {name: ("I8", shape), sibling(name, "SCB"): ("F32", (shape[0],)), sibling(name, "weight_format"): ("U8", ())}
+        return {
+            name: ("I8", shape),
+            sibling(name, "SCB"): ("F32", (shape[0],)),
+            sibling(name, "weight_format"): ("U8", ()),
+        }
     blocks = scheme.block_counts(shape)[-1]
     nested = not scheme.scale.is_leaf
     found: Parts = {
@@ -92,7 +96,12 @@ def parts(name: str, scheme: Scheme, shape: tuple[int, ...]) -> Parts:
 
 def _state(scheme: Scheme, shape: tuple[int, ...], offset: float) -> bytes:
     """The JSON of `quant_state`, in bitsandbytes' order, padded where the offset would change its length."""
-    facts: dict[str, Any] = {"quant_type": _quant_type(scheme), "blocksize": scheme.blocks.cols, "dtype": "bfloat16", "shape": list(shape)}
+    facts: dict[str, Any] = {
+        "quant_type": _quant_type(scheme),
+        "blocksize": scheme.blocks.cols,
+        "dtype": "bfloat16",
+        "shape": list(shape),
+    }
     if scheme.scale.is_leaf:
         return json.dumps(facts).encode()
     facts |= {"nested_blocksize": scheme.scale.blocks.cols, "nested_dtype": "float32", "nested_offset": offset}
@@ -116,7 +125,11 @@ def encode(name: str, q: QTensor) -> dict[str, torch.Tensor]:
     if scheme == INT8:
         row_max = q.sides.get("multiple", multiple_of(q.scale, 127.0)).reshape(-1)
         zero = torch.zeros((), dtype=torch.uint8)
-        return {name: q.codes.reshape(q.shape).contiguous(), sibling(name, "SCB"): row_max, sibling(name, "weight_format"): zero}
+        return {
+            name: q.codes.reshape(q.shape).contiguous(),
+            sibling(name, "SCB"): row_max,
+            sibling(name, "weight_format"): zero,
+        }
     out = {
         name: pack(q.codes.reshape(-1), 4, order="msb").reshape(-1, 1),
         f"{name}.quant_map": torch.tensor(scheme.grid.levels(), dtype=torch.float32),
@@ -161,7 +174,12 @@ def decode(name: str, read: Callable[[str], torch.Tensor], stored: Stored) -> QT
     _check_levels(f"{name}.nested_quant_map", read, BNB_DYNAMIC8)
     inner = scheme.scale.block_counts(counts)
     mean = torch.tensor(facts["nested_offset"], dtype=torch.float32).reshape(1, 1)
-    return QTensor(scheme, shape, codes, QTensor(scheme.scale, counts, absmax.reshape(counts), read(f"{name}.nested_absmax").reshape(inner), None, mean))
+    return QTensor(
+        scheme,
+        shape,
+        codes,
+        QTensor(scheme.scale, counts, absmax.reshape(counts), read(f"{name}.nested_absmax").reshape(inner), None, mean),
+    )
 
 
 def _read_state(name: str, read: Callable[[str], torch.Tensor], scheme: Scheme) -> dict[str, Any]:
@@ -169,9 +187,15 @@ def _read_state(name: str, read: Callable[[str], torch.Tensor], scheme: Scheme) 
     try:
         facts = json.loads(bytes(read(part).tolist()))
         shape, offset = facts["shape"], facts.get("nested_offset", 0.0)
-        sound = facts["blocksize"] == scheme.blocks.cols and all(type(size) is int and size > 0 for size in shape) and float(offset) == offset
+        sound = (
+            facts["blocksize"] == scheme.blocks.cols
+            and all(type(size) is int and size > 0 for size in shape)
+            and float(offset) == offset
+        )
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError("FB-E0621", f"the stored state is no JSON that bitsandbytes writes: {error!r}", tensor=part) from error
+        raise InputError(
+            "FB-E0621", f"the stored state is no JSON that bitsandbytes writes: {error!r}", tensor=part
+        ) from error
     if not sound:
         raise InputError("FB-E0621", f"the stored state does not fit the tensors beside it: {facts}", tensor=part)
     return facts
@@ -203,7 +227,9 @@ def config(source: dict[str, Any], assignment: Assignment) -> tuple[dict[str, An
         "bnb_4bit_use_double_quant": four and not scheme.scale.is_leaf,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": list(dict.fromkeys([*kept, *([] if "lm_head.weight" in assignment.schemes else ["lm_head"])])),
+        "llm_int8_skip_modules": list(
+            dict.fromkeys([*kept, *([] if "lm_head.weight" in assignment.schemes else ["lm_head"])])
+        ),
         "llm_int8_threshold": 6.0,
         "load_in_4bit": four,
         "load_in_8bit": not four,
@@ -234,7 +260,9 @@ def detect(config: dict[str, Any], manifest: Manifest) -> dict[str, Stored] | No
             _demand(manifest, base)
             needed = tuple(part for part in (base, name, f"{base}_format") if part in manifest)
             found[base] = Stored(INT8, manifest[base].shape, needed)
-    orphans = [n for n, info in manifest.items() if n.endswith(".weight") and info.dtype in ("U8", "I8") and n not in found]
+    orphans = [
+        n for n, info in manifest.items() if n.endswith(".weight") and info.dtype in ("U8", "I8") and n not in found
+    ]
     if orphans:
         raise InputError("FB-E0621", "a quantised weight without its scales", tensor=orphans[0])
     return found
@@ -262,10 +290,14 @@ def _stored_4bit(name: str, manifest: Manifest, config: dict[str, Any]) -> Store
         _demand(manifest, part)
     size = next((size for size in reversed(BLOCK_SIZES) if ceil(count / size) == absmax.numel), None)
     if size is None:
-        raise InputError("FB-E0621", f"{absmax.numel} scales for {count} weights are no whole number of blocks", tensor=absmax.name)
+        raise InputError(
+            "FB-E0621", f"{absmax.numel} scales for {count} weights are no whole number of blocks", tensor=absmax.name
+        )
     nested_size = 256 if not nested else ceil(absmax.numel / manifest[f"{name}.nested_absmax"].numel)
     if nested and ceil(absmax.numel / 256) != manifest[f"{name}.nested_absmax"].numel:
-        raise InputError("FB-E0620", f"nested blocks of about {nested_size} scales are not known, only 256", tensor=absmax.name)
+        raise InputError(
+            "FB-E0620", f"nested blocks of about {nested_size} scales are not known, only 256", tensor=absmax.name
+        )
     scheme = Scheme(QUANT_TYPES[quant_type], flat(size), double_quantised() if nested else leaf(F32))
     width = config.get("intermediate_size" if "down" in name else "hidden_size")
     cols = width if type(width) is int and width > 0 and count % width == 0 else count

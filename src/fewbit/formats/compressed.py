@@ -281,7 +281,9 @@ def detect(config: dict[str, Any], manifest: Manifest) -> dict[str, Stored] | No
 def _weight_names(manifest: Manifest) -> list[str]:
     """Names of the weights that have at least one quantised part."""
     names: dict[str, None] = {}
-    for stored in manifest:
+    for stored, info in manifest.items():
+        if stored.endswith(".weight") and info.dtype in ("I8", "F8_E4M3"):
+            names[stored] = None
         for suffix in _SUFFIXES:
             base = stored.removesuffix(f"_{suffix}")
             if base != stored and (base.endswith(".weight") or base in manifest or f"{base}_packed" in manifest):

@@ -100,7 +100,13 @@ def decode(name: str, read: Callable[[str], torch.Tensor], stored: Stored) -> QT
     scale = read(stored.facts["scale"])
     scale = scale if scale.dtype == torch.float8_e8m0fnu else scale.float()
     sides = {"input_scale": read(stored.facts["input"]).float().reshape(1)} if scheme.static else {}
-    return QTensor(scheme, stored.shape, read(name).view(torch.uint8), scale.reshape(scheme.block_counts(stored.shape)), sides=sides)
+    return QTensor(
+        scheme,
+        stored.shape,
+        read(name).view(torch.uint8),
+        scale.reshape(scheme.block_counts(stored.shape)),
+        sides=sides,
+    )
 
 
 def config(source: dict[str, Any], assignment: Assignment) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -149,8 +155,12 @@ def detect(config: dict[str, Any], manifest: Manifest) -> dict[str, Stored] | No
         counts = scheme.block_counts(info.shape)
         if manifest[scale].numel != counts[-1] * counts[-2]:
             shapes = f"scales {list(manifest[scale].shape)} for a weight {list(info.shape)}"
-            raise InputError("FB-E0621", f"{shapes} are not tiles of {tile}: the config lies about the tiles", tensor=scale)
-        inputs = next((s for s in (sibling(name, "input_scale"), sibling(name, "activation_scale")) if s in manifest), None)
+            raise InputError(
+                "FB-E0621", f"{shapes} are not tiles of {tile}: the config lies about the tiles", tensor=scale
+            )
+        inputs = next(
+            (s for s in (sibling(name, "input_scale"), sibling(name, "activation_scale")) if s in manifest), None
+        )
         if static and inputs is None:
             raise InputError("FB-E0621", "static activations without their scale", tensor=sibling(name, "input_scale"))
         needed = (name, scale) + ((inputs,) if inputs and static else ())

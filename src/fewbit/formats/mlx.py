@@ -44,8 +44,15 @@ def accepts(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
         return f"MLX quantises weights only, got {scheme}"
     affine = affine_of(scheme)
     if affine is not None and affine.zero == "value":
-        if affine.bits not in BITS or affine.blocks.rows != 1 or affine.blocks.cols not in GROUPS or affine.shift != affine.scale:
-            return f"MLX has 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128, scale and bias of one dtype, got {scheme}"
+        if (
+            affine.bits not in BITS
+            or affine.blocks.rows != 1
+            or affine.blocks.cols not in GROUPS
+            or affine.shift != affine.scale
+        ):
+            return (
+                f"MLX has 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128, scale and bias of one dtype, got {scheme}"
+            )
     elif scheme not in MODES.values():
         return f"MLX stores uint4-g64-min and its like, mxfp4, mxfp8 and fp4-g16-fp8-e4m3 (nvfp4 without a global scale), got {scheme}"
     return misfit(shape, columns=scheme.blocks.cols)
@@ -117,7 +124,9 @@ def config(source: dict[str, Any], assignment: Assignment) -> tuple[dict[str, An
     """The new config.json: the commonest scheme, then the paths that differ from it."""
     common = Counter(assignment.schemes.values()).most_common(1)[0][0]
     words: dict[str, Any] = _words(common)
-    words |= {stem(name): _words(scheme) for name, scheme in assignment.schemes.items() if _words(scheme) != _words(common)}
+    words |= {
+        stem(name): _words(scheme) for name, scheme in assignment.schemes.items() if _words(scheme) != _words(common)
+    }
     words |= {stem(name): False for name in assignment.kept}
     return {**source, "quantization": words, "quantization_config": words}, {}
 
@@ -137,7 +146,11 @@ def detect(config: dict[str, Any], manifest: Manifest) -> dict[str, Stored] | No
             continue
         own = given.get(stem(name))
         found[name] = _stored(name, own if isinstance(own, dict) else given, manifest)
-    named = [name for name in manifest if name.endswith((".scales", ".biases")) and f"{name.rpartition('.')[0]}.weight" not in found]
+    named = [
+        name
+        for name in manifest
+        if name.endswith((".scales", ".biases")) and f"{name.rpartition('.')[0]}.weight" not in found
+    ]
     if named:
         raise InputError("FB-E0621", "scales or biases without their weight", tensor=named[0])
     return found
@@ -152,13 +165,19 @@ def _stored(name: str, words: dict[str, Any], manifest: Manifest) -> Stored:
     if mode == "affine":
         biases, grid = manifest.get(sibling(name, "biases")), LEAF_GRID.get(scales.dtype)
         if biases is None or biases.dtype != scales.dtype or grid is None:
-            raise InputError("FB-E0621", "an affine weight needs biases of its scales' dtype", tensor=sibling(name, "biases"))
+            raise InputError(
+                "FB-E0621", "an affine weight needs biases of its scales' dtype", tensor=sibling(name, "biases")
+            )
         scheme = Affine(bits, Blocks(1, group), "value", grid, grid).scheme
         needed.append(biases.name)
     elif mode in MODES and not words.get("global_scale"):
         scheme = MODES[mode]
     else:
-        raise InputError("FB-E0620", f"MLX mode {mode!r}{' with a global scale' if words.get('global_scale') else ''} is not known", tensor=name)
+        raise InputError(
+            "FB-E0620",
+            f"MLX mode {mode!r}{' with a global scale' if words.get('global_scale') else ''} is not known",
+            tensor=name,
+        )
     words_a_row = manifest[name].shape[-1]
     shape = (*manifest[name].shape[:-1], words_a_row * 32 // bits)
     if scales.shape != scheme.block_counts(shape) or shape[-1] % group:

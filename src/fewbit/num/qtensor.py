@@ -116,7 +116,7 @@ class QTensor:
         scale, code_shift, value_shift: stored per block, plain tensors for leaf schemes, QTensors otherwise; None where the scheme has none.
             Leaves with blocks of their own (one offset for all) hold one entry per such block.
         sides: what to undo after decoding, named: {"permutation": int64 [cols]} (column j of the codes is input column permutation[j]),
-            {"outliers": sparse} and the like; empty for nearly all.
+            {"outliers": sparse}, {"column_scale": float [cols]} (what inputs are multiplied by at run time) and the like; empty for nearly all.
     """
 
     scheme: Scheme
@@ -144,6 +144,9 @@ class QTensor:
         permutation = self.sides.get("permutation")
         if permutation is not None:
             values = values[..., torch.argsort(permutation)]
+        column_scale = self.sides.get("column_scale")
+        if column_scale is not None:
+            values = values * column_scale.float()
         outliers = self.sides.get("outliers")
         if outliers is not None:
             values = values + outliers.to_dense().reshape(self.shape)
