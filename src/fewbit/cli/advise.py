@@ -13,7 +13,7 @@ from fewbit.plan.devices import device_named
 from fewbit.plan.kv import kv_layers
 from fewbit.plan.memory import Use
 from fewbit.plan.overview import option_record
-from fewbit.report.plan_text import advice_page
+from fewbit.report.advice_text import advice_page
 
 
 def command(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fewbit.cli.output import print_json
+from fewbit.plan.advise import Wish
 from fewbit.plan.devices import device_named, devices
 from fewbit.plan.memory import Use
 from fewbit.plan.overview import overview
@@ -46,9 +47,8 @@ def command(
     if not model:
         raise typer.BadParameter("name a model: a folder, a file, a config.json or a hub id")
     chosen = tuple(device_named(text) for text in device or ())
-    made = overview(
-        open_model(model, revision), Use(context, batch, kv_dtype), chosen, sequence=sequence, workers=workers
-    )
+    use = Use(context, batch, kv_dtype)
+    made = overview(open_model(model, revision), use, chosen, wish=Wish(model, use), sequence=sequence, workers=workers)
     if json:
         print_json("fewbit.plan/1", made.record())
     else:

@@ -8,17 +8,21 @@ printed with every plan.
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from fewbit.base.errors import FewbitError
+from fewbit.num.scheme import Scheme
 from fewbit.plan.devices import Device
 from fewbit.plan.jobs import Job
-from fewbit.plan.kv import KvLayer, kv_bytes
+from fewbit.plan.kv import KvLayer, kv_bits, kv_bytes
 from fewbit.plan.resources import BASE_BYTES, budget
 from fewbit.plan.shapes import Model, Weight
-from fewbit.plan.sizes import Size, Storage, all_bytes, weight_bytes, weight_scheme
+from fewbit.plan.sizes import Size, Storage, all_bytes, held
 
 CHUNK = 2048  # tokens of a prompt that an engine runs through the layers at once
 LONGEST = 1 << 24
@@ -94,14 +98,23 @@ def fits(model: Model, size: Size, layers: tuple[KvLayer, ...], use: Use, device
 
 def longest_context(model: Model, size: Size, layers: tuple[KvLayer, ...], use: Use, device: Device) -> int:
     """The most tokens a sequence may have so that all fits; 0 when not even one does, the model's own limit at most."""
+    room = device.budget - size.total
+    alike = tuple(Counter(layers).items())
+    bits = kv_bits(use.kv_dtype)
+
+    def taken(context: int) -> int:
+        values = sum(count * layer.values * layer.tokens(context) for layer, count in alike)
+        state = sum(count * layer.state * layer.state_bits for layer, count in alike)
+        cache = -(-int(use.batch * (values * bits + state)) // 8)
+        return cache + activation_bytes(model, Use(context, use.batch, use.kv_dtype))
+
     limit = model.max_context or LONGEST
+    if taken(limit) <= room:
+        return limit
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
-        if fits(model, size, layers, Use(middle, use.batch, use.kv_dtype), device):
-            low = middle
-        else:
-            high = middle - 1
+        low, high = (middle, high) if taken(middle) <= room else (low, middle - 1)
     return low
 
 
@@ -117,34 +130,31 @@ class Split:
 
 def offload(model: Model, storage: Storage, layers: tuple[KvLayer, ...], use: Use, device: Device) -> Split:
     """How many layers, from the last to the first, go onto a device together with their cache; head and norms go first, the embedding stays."""
-    per_layer, outside, held = _bytes_by_layer(model, storage)
+    per_layer, outside, embedding = _bytes_by_layer(model, storage)
+    order = sorted(per_layer, reverse=True)
     room = device.budget - activation_bytes(model, use) - outside
-    placed, used = 0, outside
-    for index in sorted(per_layer, reverse=True):
-        cache = kv_bytes(layers[index : index + 1], use.context, use.batch, use.kv_dtype) if index < len(layers) else 0
-        if per_layer[index] + cache > room:
-            break
-        room -= per_layer[index] + cache
-        used += per_layer[index]
-        placed += 1
-    if outside > device.budget:
-        placed, used = 0, 0
-    total = sum(per_layer.values()) + outside + held
-    return Split(placed, len(per_layer), used, total - used)
+    each = {layer: kv_bytes((layer,), use.context, use.batch, use.kv_dtype) for layer in set(layers)}
+    cache = [each[layers[index]] if index < len(layers) else 0 for index in order]
+    sums = accumulate(per_layer[index] + cached for index, cached in zip(order, cache, strict=True))
+    placed = sum(total <= room for total in sums) if room > 0 else 0
+    on_device = outside + sum(per_layer[index] for index in order[:placed]) if outside <= device.budget else 0
+    total = sum(per_layer.values()) + outside + embedding
+    return Split(placed, len(order), on_device, total - on_device)
 
 
+@functools.lru_cache(maxsize=64)
 def _bytes_by_layer(model: Model, storage: Storage) -> tuple[dict[int, int], int, int]:
     """(bytes of each layer, bytes outside that belong on the device, bytes of the embedding, which main memory can serve)."""
     per_layer: dict[int, int] = {}
-    outside = held = 0
+    outside = embedding = 0
     for weight, nbytes in zip(model.weights, all_bytes(model, storage), strict=True):
         if weight.layer is not None and weight.kind != "vision":
             per_layer[weight.layer] = per_layer.get(weight.layer, 0) + nbytes
         elif weight.role == "embed" and not model.tied:
-            held += nbytes
+            embedding += nbytes
         else:
             outside += nbytes
-    return per_layer, outside, held
+    return per_layer, outside, embedding
 
 
 # ---- what quantising takes
@@ -184,10 +194,12 @@ def nanoseconds_per_weight(storage: Storage) -> float:
 
 def quantize_cost(model: Model, storage: Storage, *, workers: int = 2, ram: int = 1 << 50) -> Cost:
     """Peak memory, disk and time of a data-free run for one output."""
-    jobs = [_job(weight, storage) for weight in _distinct(model) for _ in range(workers)]
+    pairs = list(zip(model.weights, held(model, storage), strict=True))
+    alike = {(w.shape, w.dtype, w.kept, w.role, row.nbytes): (w, row.scheme, row.nbytes) for w, row in pairs}
+    jobs = [_job(*row) for row in alike.values() for _ in range(workers)]
     peak = quantize_memory(jobs, ram, workers)
     disk = sum(all_bytes(model, storage))
-    weights = sum(weight.numel for weight in model.weights if weight_scheme(weight, storage) is not None)
+    weights = sum(weight.numel for weight, row in pairs if row.scheme is not None)
     seconds = weights * nanoseconds_per_weight(storage) * 1e-9 / max(1, workers)
     return Cost(peak, disk, sum(weight.nbytes for weight in model.weights), seconds)
 
@@ -200,30 +212,13 @@ def quantize_memory(jobs: list[Job], ram: int, workers: int) -> int:
         return budget(jobs, 1 << 60, 1).peak
 
 
-def _distinct(model: Model) -> list[Weight]:
-    """One weight of each shape and kind: the largest jobs are among them."""
-    return list({(weight.shape, weight.dtype, weight.kept, weight.role): weight for weight in model.weights}.values())
-
-
-def _job(weight: Weight, storage: Storage) -> Job:
-    scheme = weight_scheme(weight, storage)
-    nbytes = weight_bytes(weight, storage) // max(1, weight.count)
+def _job(weight: Weight, scheme: Scheme | None, nbytes: int) -> Job:
+    """One of the engine's jobs, as far as its memory goes."""
     shape = weight.matrix if scheme is not None else weight.shape
     ops = ("transpose",) if shape != weight.shape else ()
-    return Job(
-        weight.name,
-        weight.name,
-        (weight.name,),
-        ops,
-        shape,
-        weight.dtype,
-        weight.role,
-        weight.layer,
-        scheme,
-        "rtn",
-        "",
-        {weight.name: ("U8", (nbytes,))},
-    )
+    writes = {weight.name: ("U8", (nbytes // max(1, weight.count),))}
+    name = weight.name
+    return Job(name, name, (name,), ops, shape, weight.dtype, weight.role, weight.layer, scheme, "rtn", "", writes)
 
 
 def assumptions(model: Model, use: Use, device: Device | None) -> Mapping[str, Any]:

@@ -141,7 +141,8 @@ def overview(
     """Everything known about running, training and quantising a model."""
     layers = kv_layers(model.text)
     wanted = wish or Wish(model.name, use)
-    rows = tuple(_row(model, label, layers, use, chosen, workers) for label in LISTED)
+    made = (_row(model, label, layers, use, chosen, workers) for label in LISTED)
+    rows = tuple(sorted(made, key=lambda row: -row.size.total))
     advices = tuple(advise(model, layers, device, wanted) for device in chosen)
     by_memory = () if chosen else tuple((size, _best_within(model, layers, use, wanted, size)) for size in CLASSES)
     return Overview(model, use, layers, rows, training(model, sequence=sequence), chosen, advices, by_memory)

@@ -2,7 +2,7 @@
 
 A `Storage` is one way to store a whole model: a scheme for the matrices that engines multiply by, and what becomes of the rest. Two
 conventions exist: safetensors formats leave embeddings, head, routers and norms as they were; GGUF quantises embeddings and head
-too, and keeps vectors and routers in F32.
+too, by llama.cpp's recipes, and keeps vectors and routers in F32.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
-from fewbit.base.manifest import DTYPE_BITS
+from fewbit.formats.gguf.types import FLOATS, block_type
 from fewbit.num.scheme import Scheme, parse_scheme
 from fewbit.plan.shapes import Model, Weight
+from fewbit.plan.sizes_gguf import Piece, extra_bytes, gguf_pieces
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,6 @@ class Storage:
         return parse_scheme(self.spelling)
 
     @property
-    def mixed(self) -> bool:
-        """Whether layers of one role may get different schemes."""
-        return self.container == "gguf"
-
-    @property
     def plain(self) -> bool:
         """Whether this is only a dtype for every tensor."""
         return self.scheme.is_leaf
@@ -60,11 +56,12 @@ STORAGES: dict[str, Storage] = {
         Storage("Q8_0", "q8_0", "gguf:Q8_0", container="gguf"),
         Storage("Q6_K", "q6_k", "gguf:Q6_K", container="gguf"),
         Storage("Q5_K_M", "q5_k", "gguf:Q5_K_M", container="gguf"),
-        Storage("NVFP4", "nvfp4", "compressed-tensors:nvfp4", "fp4"),
+        Storage("NVFP4", "nvfp4", "compressed-tensors:nvfp4"),
+        Storage("NVFP4 W4A4", "nvfp4", "compressed-tensors:nvfp4+nvfp4-static", "fp4"),
         Storage("INT4 g32", "int4-g32", "compressed-tensors:int4-g32"),
         Storage("Q4_K_M", "q4_k", "gguf:Q4_K_M", container="gguf"),
         Storage("IQ4_XS", "iq4_xs", "gguf:IQ4_XS", container="gguf"),
-        Storage("MXFP4", "mxfp4", "compressed-tensors:mxfp4", "fp4"),
+        Storage("MXFP4", "mxfp4", "compressed-tensors:mxfp4"),
         Storage("INT4 g128", "int4-g128", "compressed-tensors:int4-g128"),
         Storage("INT4 g128 asym", "int4-g128-asym", "awq:int4-g128-asym"),
         Storage("NF4", "nf4-flat64-dq", "bitsandbytes:nf4"),
@@ -74,43 +71,6 @@ STORAGES: dict[str, Storage] = {
         Storage("MLX 4-bit", "uint4-g64-min", "mlx:uint4-g64-min"),
     )
 }
-
-
-def weight_scheme(weight: Weight, storage: Storage) -> Scheme | None:
-    """The scheme that a weight gets, or None when it stays in its own dtype (F32 for the vectors of a GGUF file)."""
-    if storage.plain:
-        return storage.scheme
-    if storage.container == "gguf":
-        return gguf_scheme(weight, storage.scheme)
-    scheme = storage.scheme
-    if weight.kept or (scheme.group_size and not scheme.blocks.flat and weight.matrix[-1] % scheme.group_size):
-        return None
-    return scheme
-
-
-def gguf_scheme(weight: Weight, scheme: Scheme) -> Scheme | None:
-    """GGUF quantises every matrix but routers and positions; the head gets six bits at least; short rows fall back on blocks of 32."""
-    if (
-        len(weight.shape) < 2
-        or weight.role in ("router", "position", "conv", "norm", "bias", "sinks")
-        or weight.kind == "vision"
-    ):
-        return None
-    if weight.role == "head" and scheme.bits_per_weight((256, 256)) < 6.5:
-        scheme = parse_scheme("q6_k")
-    cols = weight.matrix[-1]
-    if scheme.span and cols % scheme.span:
-        bits = scheme.bits_per_weight((256, 256))
-        scheme = parse_scheme(next(name for limit, name in _FALLBACK if bits <= limit))
-    return None if scheme.span and cols % scheme.span else scheme
-
-
-_FALLBACK = (
-    (4.2, "iq4_nl"),
-    (4.6, "q5_0"),
-    (5.6, "q5_1"),
-    (9.0, "q8_0"),
-)  # llama.cpp's substitutes when a row is no multiple of 256
 
 
 # the storages that `fewbit plan` lists; the others differ from one of these in a detail only
@@ -133,38 +93,60 @@ LISTED = (
 )
 
 
+@dataclass(frozen=True)
+class Held:
+    """How all tensors of one `Weight` are held: scheme (None for a plain dtype), bytes, and how many of those are scales and shifts."""
+
+    scheme: Scheme | None
+    nbytes: int
+    metadata: int
+
+
 @functools.lru_cache(maxsize=256)
-def all_bytes(model: Model, storage: Storage) -> tuple[int, ...]:
-    """Bytes of every weight of a model, in the order of `model.weights`; layers that are alike are computed once."""
-    known: dict[tuple, int] = {}
+def held(model: Model, storage: Storage) -> tuple[Held, ...]:
+    """How every row of `model.weights` is held.
+
+    Layers that are alike are computed once.
+    """
+    if storage.container == "gguf":
+        return tuple(map(_in_gguf, gguf_pieces(model, storage.target.removeprefix("gguf:"))))
+    known: dict[tuple, Held] = {}
     found = []
     for weight in model.weights:
-        key = (
-            weight.shape,
-            weight.matrix,
-            weight.dtype,
-            weight.role,
-            weight.kind,
-            weight.kept,
-            weight.count,
-            weight.layer if storage.mixed else None,
-        )
+        key = (weight.shape, weight.matrix, weight.dtype, weight.kept, weight.count)
         if key not in known:
-            known[key] = weight_bytes(weight, storage)
+            known[key] = _in_safetensors(weight, storage)
         found.append(known[key])
     return tuple(found)
 
 
-def weight_bytes(weight: Weight, storage: Storage) -> int:
-    """Bytes of all `count` tensors of a weight, rounded up to whole bytes a tensor."""
-    scheme = weight_scheme(weight, storage)
-    if scheme is not None:
-        return -(-scheme.storage_bits(weight.matrix) // 8) * weight.count
-    if storage.container == "gguf":
-        bits = 32 if len(weight.shape) < 2 or weight.kind == "router" else 16
-    else:
-        bits = DTYPE_BITS.get(weight.dtype, 16)
-    return -(-prod(weight.shape) * bits // 8) * weight.count
+def _in_safetensors(weight: Weight, storage: Storage) -> Held:
+    """Kept weights, and those whose rows are no whole number of groups, stay in their own dtype."""
+    scheme = storage.scheme
+    ragged = (
+        scheme.group_size and not scheme.blocks.flat and weight.matrix[-1:] and weight.matrix[-1] % scheme.group_size
+    )
+    if not storage.plain and (weight.kept or ragged):
+        return Held(None, weight.nbytes, 0)
+    nbytes = -(-scheme.storage_bits(weight.matrix) // 8) * weight.count
+    return Held(scheme, nbytes, -(-metadata_bits(scheme, weight.matrix) // 8) * weight.count)
+
+
+@functools.lru_cache(maxsize=4096)
+def _in_gguf(pieces: tuple[Piece, ...]) -> Held:
+    nbytes = metadata = 0
+    for type_name, shape in pieces:
+        columns = shape[-1] if shape else 1
+        row = block_type(type_name)
+        nbytes += prod(shape) // max(1, columns) * row.row_bytes(columns)
+        metadata += metadata_bits(row.scheme, shape) // 8
+    first = pieces[0][0]
+    return Held(None if first in FLOATS else block_type(first).scheme, nbytes, metadata)
+
+
+def all_bytes(model: Model, storage: Storage) -> tuple[int, ...]:
+    """Bytes of every weight of a model, in the order of `model.weights`."""
+    return tuple(row.nbytes for row in held(model, storage))
 
 
 @dataclass(frozen=True)
@@ -192,18 +174,20 @@ class Size:
         return 8 * self.total / max(1, self.params)
 
 
+@functools.lru_cache(maxsize=256)
 def size_of(model: Model, storage: Storage) -> Size:
     """Bytes of a model in one storage."""
-    total = active = metadata = covered = 0
+    total = extra_bytes(model) if storage.container == "gguf" else 0
+    active = metadata = covered = 0
     by_kind: dict[str, int] = {}
-    for weight, nbytes in zip(model.weights, all_bytes(model, storage), strict=True):
+    for weight, row in zip(model.weights, held(model, storage), strict=True):
+        nbytes = row.nbytes
         total += nbytes
+        metadata += row.metadata
         by_kind[weight.kind] = by_kind.get(weight.kind, 0) + nbytes
         active += active_bytes(model, weight, nbytes)
-        scheme = weight_scheme(weight, storage)
-        if scheme is not None:
+        if row.scheme is not None:
             covered += weight.numel
-            metadata += -(-metadata_bits(scheme, weight.matrix) // 8) * weight.count
     return Size(storage, total, active, by_kind, covered / max(1, model.params), metadata, model.params)
 
 

@@ -8,6 +8,7 @@ Real engines reach some 50 to 90 % of the first and less of the second.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from fewbit.plan.devices import Device
@@ -39,13 +40,19 @@ def decode_bytes(model: Model, storage: Storage, layers: tuple[KvLayer, ...], us
 
     A batch of b tokens that each choose k of E experts at random touches E (1 - (1 - k/E)^b) of them.
     """
-    touched = 1 - (1 - model.active_share) ** use.batch
+    return _weight_bytes_read(model, storage, use.batch) + kv_bytes(layers, use.context, use.batch, use.kv_dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _weight_bytes_read(model: Model, storage: Storage, batch: int) -> int:
+    touched = 1 - (1 - model.active_share) ** batch
     total = 0
     for weight, nbytes in zip(model.weights, all_bytes(model, storage), strict=True):
         total += round(nbytes * touched) if weight.kind == "experts" else active_bytes(model, weight, nbytes)
-    return total + kv_bytes(layers, use.context, use.batch, use.kv_dtype)
+    return total
 
 
+@functools.lru_cache(maxsize=8)
 def matmul_params(model: Model) -> int:
     """Parameters that one token is multiplied by, head included."""
     return sum(
@@ -81,8 +88,7 @@ def compute_dtype(storage: Storage, device: Device) -> str:
     """The dtype in which a device multiplies this storage: its own where the hardware has it, else 16 (or 32) bits."""
     if storage.compute in device.tflops:
         return storage.compute
-    wider = ("fp8",) if storage.compute == "fp4" else ()
-    return next((dtype for dtype in (*wider, "bf16", "fp16", "fp32") if dtype in device.tflops), "")
+    return next((dtype for dtype in ("bf16", "fp16", "fp32") if dtype in device.tflops), "")
 
 
 def speed(model: Model, size: Size, layers: tuple[KvLayer, ...], use: Use, device: Device) -> Speed:

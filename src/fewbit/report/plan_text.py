@@ -6,70 +6,26 @@ from typing import Any
 
 from rich.text import Text
 
-from fewbit.plan.advise import Advice, Option
+from fewbit.plan.advise import Advice
 from fewbit.plan.devices import GIB, Device, devices
 from fewbit.plan.kv import KV_BITS, kv_bytes, kv_summary
 from fewbit.plan.memory import Use, assumptions, longest_context
 from fewbit.plan.overview import SHOWN, OnDevice, Overview, Row
-from fewbit.plan.shapes import Model
 from fewbit.plan.sizes import count_by_kind
+from fewbit.report.plan_words import (
+    BAD,
+    DIM,
+    GOOD,
+    clock,
+    gb,
+    heading,
+    kl_words,
+    loss_words,
+    model_line,
+    speed_words,
+    tokens,
+)
 from fewbit.report.text import render, table
-
-GOOD, BAD, DIM, HEAD = "green", "red", "dim", "bold cyan"
-
-
-def gb(nbytes: float) -> str:
-    """Gigabytes (10^9), three figures."""
-    value = nbytes / 1e9
-    return (
-        f"{value:,.0f}"
-        if value >= 1000
-        else f"{value:.3g}"
-        if value < 1
-        else f"{value:.2f}"
-        if value < 10
-        else f"{value:.1f}"
-    )
-
-
-def tokens(number: float) -> str:
-    """A context or a rate in few figures."""
-    if number >= 10_000:
-        return f"{number / 1000:,.0f}k"
-    return f"{number:,.0f}" if number >= 100 else f"{number:.1f}"
-
-
-def heading(text: str, note: str = "") -> Text:
-    line = Text("\n" + text, style=HEAD)
-    return line.append(f"   {note}", style=DIM) if note else line
-
-
-def model_line(model: Model) -> Text:
-    """The model in a line or two."""
-    text = model.text
-    line = Text(model.name, style="bold")
-    active = f" ({model.active_params / 1e9:.2f}B active a token)" if model.experts else ""
-    line.append(f"   {model.params:,} parameters{active}\n")
-    heads, kv_heads = text.get("num_attention_heads") or text.get("n_head"), text.get("num_key_value_heads")
-    parts = [model.model_type, f"{model.layers} layers", f"hidden {model.hidden_size:,}"]
-    if heads:
-        parts.append(
-            f"{heads} heads"
-            + (
-                f", {kv_heads} for keys and values"
-                if kv_heads and kv_heads != heads and not text.get("kv_lora_rank")
-                else ""
-            )
-        )
-    if model.experts:
-        parts.append(f"{model.experts} experts, {model.experts_per_token} a token")
-    parts.append(f"vocabulary {model.vocab_size:,}" + (", tied" if model.tied else ""))
-    if model.max_context:
-        parts.append(f"context to {model.max_context:,}")
-    line.append(" · ".join(parts), style=DIM)
-    for note in model.notes:
-        line.append(f"\nnote: {note}", style="yellow")
-    return line
 
 
 def page(made: Overview) -> str:
@@ -117,28 +73,11 @@ def _recommendation(made: Overview, device: Device, advice: Advice) -> Text:
     return line
 
 
-def loss_words(option: Option) -> str:
-    if not option.kl:
-        return "no loss"
-    return f"expected KL {option.kl:.3g} ({option.basis if option.basis == 'measured' else 'estimated'}), {option.risk} risk"
-
-
-def speed_words(option: Option) -> str:
-    if not option.speed.decode:
-        return "speed unknown"
-    sign = (
-        "the speed of BF16"
-        if abs(option.speedup - 1) < 0.02
-        else f"{option.speedup:.1f} x BF16"
-        if option.speedup > 1
-        else f"SLOWER than BF16 ({option.speedup:.2f} x)"
-    )
-    return f"at most {tokens(option.speed.decode)} tokens/s, {sign}"
-
-
 def _by_memory(made: Overview) -> list[Any]:
     rows = []
-    for size, option in made.by_memory:
+    for index, (size, option) in enumerate(made.by_memory):
+        if index and option and (previous := made.by_memory[index - 1][1]) and previous.name == option.name:
+            continue  # a larger card changes nothing until a better scheme fits
         if option is None:
             rows.append((f"{size} GB", Text("nothing fits", style=DIM), "", "", ""))
         else:
@@ -147,19 +86,13 @@ def _by_memory(made: Overview) -> list[Any]:
                     f"{size} GB",
                     Text(option.name, style=GOOD),
                     gb(option.needed.total),
-                    _kl(option),
+                    kl_words(option),
                     option.command or "as it is",
                 )
             )
-    columns = (("card", "right"), ("choose", "left"), ("needs GB", "right"), ("KL", "right"), ("command", "left"))
-    return [
-        heading("Recommended by memory", f"least loss that fits {use_words(made.use)}; name a --device for speed too"),
-        table(columns, rows),
-    ]
-
-
-def _kl(option: Option) -> str:
-    return "0" if not option.kl else f"{option.kl:.4f}" if option.basis == "measured" else f"~{option.kl:.3f}"
+    columns = (("card from", "right"), ("choose", "left"), ("needs GB", "right"), ("KL", "right"), ("command", "left"))
+    note = f"least loss that fits {use_words(made.use)}; name a --device for speed too"
+    return [heading("Recommended by memory", note), table(columns, rows)]
 
 
 def _storages(made: Overview) -> list[Any]:
@@ -328,13 +261,6 @@ def _cost(made: Overview) -> list[Any]:
     ]
 
 
-def clock(seconds: float) -> str:
-    """A rough time."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def _assumptions(made: Overview) -> list[Any]:
     line = heading("What this rests on")
     line.append("\nweights and cache: exact, from shapes", style=DIM)
@@ -367,84 +293,3 @@ def device_page() -> str:
         heading("Devices", "rates in 10^12 operations a second, dense; · is not multiplied natively"),
         table(columns, rows),
     )
-
-
-# ---- advise
-
-
-def advice_page(model: Model, device: Device, advice: Advice, limit: int = 6) -> str:
-    """The page of `fewbit advise`: the best option, the ranked rest, the steps, what is out and why."""
-    usable = [option for option in advice.options if not option.refused]
-    parts: list[Any] = [model_line(model)]
-    if usable:
-        parts.append(_first(usable[0], device))
-        parts += [heading("Ranked options", f"on {device.name}"), _ranking(usable)]
-        parts += _options(usable[1:limit])
-    else:
-        parts.append(Text("\nno option works here: see the reasons below", style=BAD))
-    parts += [heading("How this was decided"), *(_step(number, step) for number, step in enumerate(advice.steps, 1))]
-    refused = [option for option in advice.options if option.refused]
-    if refused:
-        reasons: dict[str, list[str]] = {}
-        for option in refused:
-            reasons.setdefault(option.refused, []).append(option.name)
-        line = heading("Left out")
-        for reason, names in reasons.items():
-            line.append(f"\n{', '.join(names)}: {reason}", style=DIM)
-        parts.append(line)
-    return render(*parts)
-
-
-def _first(option: Option, device: Device) -> Text:
-    line = heading(f"Choose {option.name}")
-    fit = "fits whole" if option.fits else f"{option.on_device} of {option.layers} layers fit {device.name}"
-    line.append(
-        f"\n{gb(option.size.total)} GB of weights ({option.size.bits_per_weight:.2f} bits each), {gb(option.needed.total)} GB in all: {fit}"
-    )
-    line.append(f"\n{loss_words(option)}; {speed_words(option)}")
-    for warning in option.warnings:
-        line.append(f"\nnote: {warning}", style="yellow")
-    line.append(f"\n$ {option.command}" if option.command else "\nno conversion needed", style="bold")
-    return line
-
-
-def _ranking(options: list[Option]) -> Any:
-    rows = []
-    for rank, option in enumerate(options, 1):
-        fit = (
-            Text("whole", style=GOOD) if option.fits else Text(f"{option.on_device}/{option.layers} layers", style=BAD)
-        )
-        ratio = Text(
-            "?" if not option.speed.decode else f"{option.speedup:.2f} x", style="" if option.speedup >= 0.98 else BAD
-        )
-        risk = Text(option.risk, style={"low": GOOD, "medium": "yellow", "high": BAD}[option.risk])
-        rows.append(
-            (
-                f"{rank}", option.name, gb(option.size.total), gb(option.needed.total), fit, tokens(option.context) if option.context else "-",
-                ratio, f"{option.prefill_ratio:.2f} x" if option.speed.prefill else "?", _kl(option), risk,
-            )
-        )  # fmt: skip
-    columns = (
-        ("", "right"), ("option", "left"), ("weights GB", "right"), ("needed GB", "right"), ("fits", "left"), ("longest context", "right"),
-        ("decode vs BF16", "right"), ("prompt vs BF16", "right"), ("KL", "right"), ("risk", "left"),
-    )  # fmt: skip
-    return table(columns, rows)
-
-
-def _options(options: list[Option]) -> list[Any]:
-    found = []
-    for option in options:
-        line = Text(f"\n{option.name}", style="bold")
-        line.append(f"   {loss_words(option)}; {speed_words(option)}")
-        line.append(f"\n  {option.source}", style=DIM)
-        for warning in option.warnings:
-            line.append(f"\n  note: {warning}", style="yellow")
-        if option.command:
-            line.append(f"\n  $ {option.command}")
-        found.append(line)
-    return found
-
-
-def _step(number: int, step: Any) -> Text:
-    line = Text(f"{number}. {step.question} ", style="bold")
-    return line.append(step.answer, style="").append(f"\n   so: {step.therefore}", style=DIM)
