@@ -254,6 +254,8 @@ class LocalSource:
         return digest({"files": facts, "config": self.config})
 
     def close(self) -> None:
+        if self._reader is not None:
+            self._reader.pool.clear()
         for file in self._open.values():
             file.close()
 

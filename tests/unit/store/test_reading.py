@@ -16,7 +16,7 @@ import torch
 from fewbit.base.errors import InputError
 from fewbit.base.manifest import DTYPE_BITS, data_bytes
 from fewbit.store.checkpoint import open_checkpoint
-from fewbit.store.tensors import DTYPE_NAMES, TORCH_DTYPES, as_bytes, stored_shape
+from fewbit.store.tensors import DTYPE_NAMES, TORCH_DTYPES, BufferPool, as_bytes, from_buffer, stored_shape
 
 BYTES = bytes(range(256)) * 3
 
@@ -121,11 +121,36 @@ def test_tensors_own_their_memory(tmp_path: Path) -> None:
     assert torch.equal(first.view(torch.int32), before.view(torch.int32))
 
 
+def test_memory_of_dead_tensors_is_used_again_and_of_live_ones_never() -> None:
+    pool = BufferPool(keep=10_000, least=100)
+    first = from_buffer(pool.take(4000), "F32", (1000,))
+    place = first.data_ptr()
+    part = first[5:7]
+    view = as_bytes(first)
+    first.fill_(3)
+    del first
+    assert pool.waiting == 0  # a slice still lives
+    del part
+    assert pool.waiting == 0  # its bytes are still looked at
+    other = from_buffer(pool.take(4000), "F32", (1000,))
+    assert other.data_ptr() != place
+    assert set(view) == {0, 64}  # 3.0 is 0x40400000
+    del view
+    assert pool.waiting == 4000
+    assert from_buffer(pool.take(4000), "F32", (1000,)).data_ptr() == place
+    held = [from_buffer(pool.take(size), "U8", (size,)) for size in (4000, 4001, 4002, 99, 5001)]
+    assert len({tensor.data_ptr() for tensor in held}) == 5
+    del held, other
+    assert 0 < pool.waiting <= 10_000
+    pool.clear()
+    assert pool.waiting == 0
+
+
 def test_many_threads_read_at_once(tmp_path: Path) -> None:
-    shapes = {f"t{i}": ("U8", (1000 + i,)) for i in range(50)}
+    shapes = {f"t{i}": ("U8", ((1 << 20) + i // 2,)) for i in range(20)}  # large enough to share buffers
     with open_checkpoint(write(tmp_path / "m.safetensors", shapes)) as checkpoint, ThreadPoolExecutor(8) as pool:
-        alone = {name: checkpoint.read(name) for name in shapes}
-        for name, tensor in zip([*shapes] * 20, pool.map(checkpoint.read, [*shapes] * 20), strict=True):
+        alone = {name: checkpoint.read(name).clone() for name in shapes}
+        for name, tensor in zip([*shapes] * 5, pool.map(checkpoint.read, [*shapes] * 5), strict=True):
             assert torch.equal(tensor, alone[name])
 
 
