@@ -10,9 +10,11 @@ Families with a better or faster fit bring their own: one file and one row in `F
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 
 import torch
 
@@ -25,16 +27,30 @@ from fewbit.math.tiles import chunks, require_finite
 from fewbit.num.blocks import EACH
 from fewbit.num.grid import FloatGrid, VectorGrid
 from fewbit.num.qtensor import QTensor, code_dtype, expand, values_of
-from fewbit.num.scheme import Scheme
+from fewbit.num.scheme import Scheme, parse_scheme
 
 __all__ = ["FITTERS", "Params", "Search", "assemble", "effective", "fit", "quantize", "snap"]
 
 
 DEFAULT_SEARCH = Search()
-Fitter = Callable[[Scheme, torch.Tensor, torch.Tensor | None, Search], Params]
 
-# (accepts(scheme) -> bool, "module:function" of a fit with the signature of `fit`); the first row that accepts is used
-FITTERS: list[tuple[Callable[[Scheme], bool], str]] = []
+# (accepts(scheme) -> bool, module with a `fit` and a `quantize` of the signatures below); the first row that accepts is used
+FITTERS: list[tuple[Callable[[Scheme], bool], str]] = [
+    (lambda scheme: isinstance(scheme.grid, VectorGrid), "fewbit.math.lattice"),
+    (lambda scheme: scheme in _ggml_scalars(), "fewbit.math.kernels.kquants"),
+]
+
+
+@functools.cache
+def _ggml_scalars() -> frozenset[Scheme]:
+    """The scalar block types of ggml that `kernels/kquants.py` knows how to search."""
+    names = "q4_0 q4_1 q5_0 q5_1 q8_0 q2_k q3_k q4_k q5_k q6_k iq4_nl iq4_xs tq1_0 tq2_0"
+    return frozenset(map(parse_scheme, names.split()))
+
+
+def _special(scheme: Scheme) -> ModuleType | None:
+    """The module that has its own fit for a scheme, or None."""
+    return next((importlib.import_module(where) for accepts, where in FITTERS if accepts(scheme)), None)
 
 
 def fit(
@@ -54,10 +70,9 @@ def fit(
     Raises:
         InputError: FB-E0702 for non-finite weights, FB-E0701 for unsuitable importance, FB-E0601 for vector codes without a fitter.
     """
-    for accepts, where in FITTERS:
-        if accepts(scheme):
-            module, _, name = where.partition(":")
-            return getattr(importlib.import_module(module), name)(scheme, w, importance, search)
+    special = _special(scheme)
+    if special is not None:
+        return special.fit(scheme, w, importance, search)
     return fit_plain(scheme, w, importance, search)
 
 
@@ -117,6 +132,9 @@ def quantize(
     scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None = None, search: Search = DEFAULT_SEARCH
 ) -> QTensor:
     """`fit`, then `snap`; same arguments and errors as `fit`."""
+    special = _special(scheme)
+    if special is not None:
+        return special.quantize(scheme, w, importance, search)
     params = fit(scheme, w, importance, search)
     return assemble(scheme, tuple(w.shape), snap(scheme, w, params, importance), params)
 

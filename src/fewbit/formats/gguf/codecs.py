@@ -10,7 +10,8 @@ holds it with the other sign.
 
 Byte patterns that ggml's encoders never write are read as ggml reads them, and written back in canonical form: TQ1_0 bytes that stand for no
 five trits, the fourth code of TQ2_0 (level 2, scheme `ternary-wide-g256-f16`), the negative zero of MXFP4 and NVFP4 (+0), and NVFP4 scales
-with the sign bit set or NaN (0). MXFP4's scale 255, which `ggml_validate_row_data` rejects, reads as NaN.
+with the sign bit set or NaN (0). The scale byte 255 reads as NaN: `ggml_validate_row_data` rejects it in MXFP4, and in NVFP4 ggml reads
+480 from it, which no E4M3 holds.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def from_blocks(type_name: str | int, data: torch.Tensor, shape: tuple[int, ...]
     row = block_type(type_name)
     wanted = prod(shape[:-1]) * row.row_bytes(shape[-1] if shape else 1)
     if data.dtype != torch.uint8 or data.numel() != wanted:
-        raise InputError("FB-E0331", f"{row.name} of shape {tuple(shape)} takes {wanted} bytes, got {data.numel()} of {data.dtype}")
+        raise InputError(
+            "FB-E0331", f"{row.name} of shape {tuple(shape)} takes {wanted} bytes, got {data.numel()} of {data.dtype}"
+        )
     data = data.contiguous()
     if row.name in FLOATS:
         dtype = code_dtype(row.scheme.grid)

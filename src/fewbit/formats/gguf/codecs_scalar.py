@@ -143,7 +143,10 @@ def _kay(bits: int) -> Codec:
 def _pack_q6_k(parts: Parts) -> np.ndarray:
     codes = _offset(parts["codes"], 32)
     return join(
-        pack_planes(codes & _U8(15), 4, 64), pack_planes(codes >> _U8(4), 2, 32), parts["scale.codes"], parts["scale.scale"]
+        pack_planes(codes & _U8(15), 4, 64),
+        pack_planes(codes >> _U8(4), 2, 32),
+        parts["scale.codes"],
+        parts["scale.scale"],
     )
 
 
@@ -237,8 +240,8 @@ def _pack_nvfp4(parts: Parts) -> np.ndarray:
 
 def _unpack_nvfp4(blocks: np.ndarray) -> Parts:
     scale, codes = split(blocks, 4, 32)
-    scale = scale & _U8(0x7F)
-    return {"codes": _unsigned_zero(unpack_planes(codes, 4, 8)), "scale": np.where(scale == 0x7F, _U8(0), scale)}
+    known = np.where(scale == 0x7F, _U8(0), scale & _U8(0x7F))
+    return {"codes": _unsigned_zero(unpack_planes(codes, 4, 8)), "scale": np.where(scale == 0xFF, _U8(0x7F), known)}
 
 
 SCALAR_CODECS: dict[str, Codec] = {

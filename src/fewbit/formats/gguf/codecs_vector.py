@@ -100,7 +100,9 @@ def _pack_iq3_s(parts: Parts) -> np.ndarray:
     codes = parts["codes"]
     index = _pairs(_bits(codes, 0, 9), _bits(codes, 9, 9))
     low, high = index.astype(_U8), np.packbits((index >> _U32(8)).astype(_U8), axis=1, bitorder="little")
-    return join(parts["scale.scale"], low, high, _bits(codes, 18, 8).astype(_U8), pack_planes(parts["scale.codes"], 4, 1))
+    return join(
+        parts["scale.scale"], low, high, _bits(codes, 18, 8).astype(_U8), pack_planes(parts["scale.codes"], 4, 1)
+    )
 
 
 def _unpack_iq3_s(blocks: np.ndarray) -> Parts:
