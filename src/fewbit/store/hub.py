@@ -57,7 +57,10 @@ class HuggingFaceHub:
 
     def listing(self, repo: str, revision: str | None) -> tuple[str, dict[str, tuple[int, str]]]:
         info = self._asked(repo, lambda: self._hub.HfApi().model_info(repo, revision=revision, files_metadata=True))
-        return info.sha, {file.rfilename: (file.size or 0, file.blob_id or "") for file in info.siblings}
+        files = {file.rfilename: (file.size or 0, file.blob_id or "") for file in info.siblings}
+        if "config.json" in files:  # by the revision's own name, so that the cache knows it when there is no network
+            self.fetch(repo, revision or "main", "config.json")
+        return info.sha, files
 
     def fetch(self, repo: str, commit: str, name: str) -> Path:
         return Path(self._asked(f"{repo}/{name}", lambda: self._hub.hf_hub_download(repo, name, revision=commit)))

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from urllib.parse import parse_qs, unquote
 
 import pytest
 import torch
@@ -132,6 +138,116 @@ def test_cache_that_differs_from_the_hub_is_refused(hub: FolderHub) -> None:
         shard.write_bytes(shard.read_bytes() + b"x")
         with pytest.raises(InputError, match="FB-E0111"):
             checkpoint.read("a")
+
+
+class Site(BaseHTTPRequestHandler):
+    """As much of the hub's web interface as reading a public model takes; `content` is the repository."""
+
+    content: ClassVar[Path]
+    asked: ClassVar[list[tuple[str, str]]]
+
+    def do_GET(self) -> None:
+        path = unquote(self.path.partition("?")[0])
+        if path.startswith("/api/models/org/name/tree/"):
+            self.reply(200, json.dumps([self.entry(path.name) for path in self.content.iterdir()]).encode())
+        elif path.startswith("/api/models/org/name"):
+            files = [{"rfilename": p.name, "size": p.stat().st_size, "blobId": p.name} for p in self.content.iterdir()]
+            self.reply(200, json.dumps({"id": "org/name", "sha": COMMIT, "siblings": files}).encode())
+        elif path.startswith((f"/org/name/resolve/{COMMIT}/", "/org/name/resolve/main/")):
+            self.file(path.rsplit("/", 1)[1])
+        else:
+            self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        paths = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
+        self.reply(200, json.dumps([self.entry(path) for path in paths]).encode())
+
+    def entry(self, name: str) -> dict[str, Any]:
+        return {"type": "file", "path": name, "size": (self.content / name).stat().st_size, "oid": name}
+
+    def file(self, name: str) -> None:
+        data, status, headers = (self.content / name).read_bytes(), 200, {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT}
+        wanted = self.headers.get("Range")
+        if wanted:
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            status, headers["Content-Range"] = 206, f"bytes {first}-{last}/{len(data)}"
+            data = data[int(first) : int(last) + 1]
+        self.asked.append((name, self.command + (" range" if wanted else "")))
+        self.reply(status, data, headers)
+
+    def reply(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for key, value in {
+            "Content-Length": str(len(data)),
+            "Content-Type": "application/json",
+            **(headers or {}),
+        }.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+_CHILD = """
+import sys
+from fewbit.base.errors import InputError
+from fewbit.store.checkpoint import open_checkpoint
+with open_checkpoint("org/name") as checkpoint:
+    print(sorted(checkpoint.manifest), flush=True)
+    print(checkpoint.read("a").tolist(), checkpoint.root.name)
+try:
+    open_checkpoint("org/other")
+except InputError as error:
+    print(error.code)
+"""
+
+
+def test_the_library_against_a_site(hub: FolderHub, tmp_path: Path) -> None:
+    """The real client over HTTP, in a process of its own because it reads its settings when imported."""
+    pytest.importorskip("huggingface_hub")
+    site = type("OneSite", (Site,), {"content": hub.content, "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), site)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    own = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    env = {
+        **os.environ,
+        **own,
+        "PYTHONPATH": str(Path(__file__).parents[3] / "src"),
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1",
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _CHILD], env=env, capture_output=True, text=True, timeout=120, check=False
+        )
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert done.stdout.splitlines() == ["['a', 'b', 'c']", f"{TENSORS['a'].tolist()} {COMMIT}", "FB-E0131"], done.stderr
+    first = next(name for name, _ in site.asked if name.startswith("model-00001"))
+    whole = {name for name, how in site.asked if name.endswith(".safetensors") and how == "GET"}
+    assert whole <= {first}
+    assert {name for name, how in site.asked if how == "GET range"} >= {
+        path.name for path in hub.content.glob("*.safetensors")
+    }
+    env["HF_HUB_OFFLINE"] = "1"  # what was fetched is in the cache, the other shards are not
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "FB-E0123" in done.stderr
 
 
 def test_the_library_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
