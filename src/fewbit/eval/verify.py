@@ -1,0 +1,402 @@
+"""Verify: proves that a checkpoint is whole, finite, decodes, and is what its config and its source say.
+
+No loader protects its user: a quantised checkpoint that lacks a scale loads with a log line, or none, and gives garbage. So everything is
+checked on the stored tensors:
+
+    opens      headers, index and sizes, by the strict reader            config     every part that the config promises is there and has its shape
+    skipped    a layer or expert of a kind that is quantised elsewhere   manifest   what `fewbit-manifest.json` recorded at writing
+    finite     every stored number, every decoded weight                 codes      within their grid, scales that are not zero
+    source     with a base: every tensor is there, and its signal to noise is what its scheme gives by plain rounding
+
+The comparison with the base has two nets. Over a whole tensor, noise may exceed that of plain rounding by MARGIN_DB. Within it, each block of
+columns of a row is held against the same noise, which finds a few swapped or damaged scales that the whole would hide.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewbit.base.errors import FewbitError, QualityError
+from fewbit.base.names import natural_key, stem
+from fewbit.base.record import plain
+from fewbit.math.metrics import sqnr_db
+from fewbit.math.scales import Search, quantize
+from fewbit.num.qtensor import QTensor, values_of
+from fewbit.num.scheme import Scheme
+from fewbit.run.source import Source, open_source
+
+MARGIN_DB = 6.0  # calibrated rounding trades some of a weight's own error for that of the outputs
+KEPT_DB = 40.0  # a tensor that was kept is at most cast to a 16-bit dtype
+SAMPLE_ROWS = 64
+MANIFEST_NAME = "fewbit-manifest.json"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        kind: opens, config, skipped, manifest, finite, codes or source.
+        tensor: name of the tensor concerned, "" for the checkpoint as a whole.
+        message: what was found and what was expected.
+    """
+
+    kind: str
+    tensor: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One weight held against its source: signal to quantisation noise in dB, and what plain rounding gives."""
+
+    tensor: str
+    scheme: str
+    sqnr_db: float
+    expected_db: float
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify` found.
+
+    Attributes:
+        path: the checkpoint.
+        format: name of the recognised format, "" for plain weights.
+        tensors, weights: stored tensors looked at; quantised weights decoded.
+        findings: everything that is wrong; empty when all is well.
+        compared: every weight held against its source, worst first; empty without a base.
+        notes: what could not be checked and why.
+    """
+
+    path: Path
+    format: str = ""
+    tensors: int = 0
+    weights: int = 0
+    findings: tuple[Finding, ...] = ()
+    compared: tuple[Compared, ...] = ()
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+    @property
+    def ok(self) -> bool:
+        return not self.findings
+
+    def record(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return {**plain(self), "ok": self.ok}
+
+    def require(self) -> None:
+        """Raise unless all is well.
+
+        Raises:
+            QualityError: FB-E0820 with the first findings.
+        """
+        if self.findings:
+            listed = "; ".join(f"{finding.tensor or finding.kind}: {finding.message}" for finding in self.findings[:3])
+            raise QualityError(
+                "FB-E0820",
+                f"{len(self.findings)} finding(s): {listed}",
+                tensor=self.findings[0].tensor or None,
+                file=self.path,
+            )
+
+
+def verify(path: str | Path, base: str | Path | Source | None = None, *, limit: int = 100) -> Verified:
+    """Checks a checkpoint of any format; see the module's text.
+
+    Args:
+        path: folder or file.
+        base: the float checkpoint that it was made from, open or as a path; without one nothing is said of its values.
+        limit: findings of one kind after which counting stops.
+    """
+    place = Path(path)
+    try:
+        source = open_source(path)
+    except FewbitError as error:
+        kind = "config" if error.code.startswith("FB-E06") else "opens"
+        return Verified(place, findings=(Finding(kind, error.tensor or "", str(error)),))
+    opened = None
+    try:
+        if base is not None and not isinstance(base, Source):
+            base = opened = open_source(base)
+        return _verify(place, source, base, limit)
+    finally:
+        source.close()
+        if opened is not None:
+            opened.close()
+
+
+def _verify(place: Path, source: Source, base: Source | None, limit: int) -> Verified:
+    found = _Findings(limit)
+    notes: list[str] = []
+    written = _own_manifest(place)
+    _check_skipped(source, found)
+    _check_manifest(source, written, found)
+    comparable = _comparable(source, base, written, notes)
+    compared: list[Compared] = []
+    for name in _plain_names(source):
+        tensor = source.checkpoint.read(name)
+        _check_finite(name, tensor, found)
+        if comparable is not None and name in comparable.manifest:
+            _compare_kept(name, tensor, comparable.read(name), found)
+    for name in source.stored:
+        q = _decoded(source, name, found)
+        values = q.dequantize() if q is not None else None
+        if q is None or values is None or not _check_codes(name, q, values, found):
+            continue
+        if comparable is not None and name in comparable.manifest:
+            compared.append(_compare(name, q.scheme, values, comparable.read(name), found))
+    if comparable is not None:
+        _check_names(source, comparable, found)
+    return Verified(
+        path=place,
+        format=source.format.name if source.format else "",
+        tensors=len(source.checkpoint.manifest),
+        weights=len(source.stored),
+        findings=tuple(found.items),
+        compared=tuple(sorted(compared, key=lambda one: one.sqnr_db - one.expected_db)),
+        notes=tuple(notes),
+    )
+
+
+class _Findings:
+    """Collects findings, at most `limit` of a kind."""
+
+    def __init__(self, limit: int) -> None:
+        self.items: list[Finding] = []
+        self.limit = limit
+        self.counts: dict[str, int] = defaultdict(int)
+
+    def add(self, kind: str, tensor: str, message: str) -> None:
+        self.counts[kind] += 1
+        if self.counts[kind] <= self.limit:
+            self.items.append(Finding(kind, tensor, message))
+
+
+def _plain_names(source: Source) -> Iterator[str]:
+    """Stored tensors that are no part of a quantised weight."""
+    parts = {part for stored in source.stored.values() for part in stored.parts}
+    return (name for name in source.checkpoint.manifest if name not in parts)
+
+
+def _own_manifest(place: Path) -> dict[str, Any]:
+    """What fewbit recorded at writing, or nothing."""
+    file = place / MANIFEST_NAME
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _check_manifest(source: Source, written: dict[str, Any], found: _Findings) -> None:
+    schemes = written.get("schemes") or {}
+    for name, spelling in schemes.items():
+        stored = source.stored.get(name)
+        if source.format is None or source.format.container != "safetensors":
+            return
+        if stored is None:
+            found.add("manifest", name, f"was written as {spelling} and is not stored quantised")
+        elif str(stored.scheme) != spelling:
+            found.add("manifest", name, f"was written as {spelling}, the config says {stored.scheme}")
+    for name, facts in (written.get("files") or {}).items():
+        file = source.root / name
+        if not file.is_file() or file.stat().st_size != facts.get("bytes"):
+            found.add("manifest", "", f"{name} is not the {facts.get('bytes')} bytes that were written")
+
+
+def _check_finite(name: str, tensor: torch.Tensor, found: _Findings) -> bool:
+    if not tensor.dtype.is_floating_point or tensor.numel() == 0:
+        return True
+    bad = ~torch.isfinite(tensor.float())
+    count = int(bad.sum())
+    if count:
+        first = int(bad.flatten().nonzero()[0])
+        found.add("finite", name, f"{count} of {tensor.numel()} values are NaN or infinite, the first at {first}")
+    return not count
+
+
+def _decoded(source: Source, name: str, found: _Findings) -> QTensor | None:
+    try:
+        q = source.qtensor(name)
+        if q is not None:
+            q.check(name)
+        return q
+    except FewbitError as error:
+        kind = "finite" if "NaN" in error.message else "codes"
+        found.add(kind, error.tensor or name, error.message)
+        return None
+
+
+def _check_codes(name: str, q: QTensor, values: torch.Tensor, found: _Findings) -> bool:
+    if not _check_finite(name, values, found):
+        return False
+    if q.scale is not None and q.scheme.value_shift is None:
+        zero = values_of(q.scale) == 0
+        if bool(zero.any()) and bool((q.codes != 0).any()):
+            found.add("codes", name, f"{int(zero.sum())} of {zero.numel()} scales are zero")
+    return True
+
+
+def _check_skipped(source: Source, found: _Findings) -> None:
+    """Weights of a kind that is quantised elsewhere must be quantised, or be left out by the config by name."""
+    quantised, everything = defaultdict(set), defaultdict(set)
+    for name in source.manifest:
+        everything[_kind(name)].add(name)
+        if name in source.stored:
+            quantised[_kind(name)].add(name)
+    left_out = list(_names_left_out(source.checkpoint.config))
+    for kind, names in quantised.items():
+        for name in sorted(everything[kind] - names, key=natural_key):
+            if not any(_mentions(pattern, stem(name)) for pattern in left_out):
+                found.add(
+                    "skipped",
+                    name,
+                    f"is not quantised, {len(names)} weights of its kind are and the config does not leave it out",
+                )
+    for kind, names in everything.items():
+        for name in _gaps(kind, names):
+            found.add("skipped", name, f"is missing, {len(names)} tensors of its kind are stored")
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def _gaps(kind: str, names: set[str]) -> list[str]:
+    """Names that a run of numbers lacks: experts 0, 1 and 3 of a layer, where every layer has four."""
+    count = kind.count("#")
+    numbers = [tuple(int(number) for number in re.findall(r"\d+", name)) for name in names]
+    if count == 0 or len(numbers) < 2:
+        return []
+    missing = []
+    if count == 1:
+        present = {number[0] for number in numbers}
+        missing = [(index,) for index in range(min(present), max(present)) if index not in present]
+        missing = missing if len(missing) * 4 <= len(present) else []  # kinds that only some layers have are no gaps
+    elif count == 2:
+        inner = {number[1] for number in numbers}
+        for outer in sorted({number[0] for number in numbers}):
+            missing += [(outer, index) for index in sorted(inner) if (outer, index) not in set(numbers)]
+        missing = missing if len(missing) * 4 <= len(numbers) else []
+    pieces = kind.split("#")
+    return ["".join(piece + str(n) for piece, n in zip(pieces, number)) + pieces[-1] for number in missing]
+
+
+def _names_left_out(config: dict[str, Any]) -> Iterator[str]:
+    """Every string of the quantisation settings that could name a module left in floating point."""
+    settings = config.get("quantization_config") or config.get("quantization") or {}
+    for key in (
+        "ignore",
+        "modules_to_not_convert",
+        "ignored_layers",
+        "exclude_modules",
+        "llm_int8_skip_modules",
+        "skip_modules",
+    ):
+        yield from settings.get(key) or ()
+    for key, value in settings.items():
+        if value is False:
+            yield key
+    for pattern in settings.get("dynamic") or {}:
+        if pattern.startswith("-:"):
+            yield f"re:{pattern[2:]}"
+    for name, words in (settings.get("extra_config") or {}).items():
+        if isinstance(words, dict) and words.get("bits") == 16:
+            yield name
+
+
+def _mentions(pattern: str, module: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], module) is not None
+    if "*" in pattern:
+        return re.fullmatch(".*".join(re.escape(piece) for piece in pattern.split("*")), module) is not None
+    return pattern == module or module.startswith(f"{pattern}.") or module.endswith(f".{pattern}")
+
+
+def _comparable(source: Source, base: Source | None, written: dict[str, Any], notes: list[str]) -> Source | None:
+    """The base, if its tensors can be held against these one by one."""
+    if base is None:
+        notes.append("no base was given: values were not compared")
+        return None
+    rewrites = (written.get("recipe") or {}).get("rewrites")
+    if rewrites:
+        notes.append(
+            f"the float model was rewritten ({', '.join(rewrites)}): values were not compared tensor by tensor"
+        )
+        return None
+    shared = sum(name in base.manifest for name in source.manifest)
+    if shared * 2 < len(source.manifest):
+        notes.append(f"only {shared} of {len(source.manifest)} names are the base's: values were not compared")
+        return None
+    return base
+
+
+def _check_names(source: Source, base: Source, found: _Findings) -> None:
+    tied = bool(source.config.get("tie_word_embeddings"))
+    for name, info in base.manifest.items():
+        if name not in source.manifest:
+            if not (tied and "lm_head" in name) and not name.endswith(
+                ("rotary_emb.inv_freq", "attn.bias", "masked_bias")
+            ):
+                found.add("source", name, "is in the base and not here")
+        elif name not in source.stored and source.manifest[name].shape != info.shape:
+            found.add("source", name, f"has shape {list(source.manifest[name].shape)}, the base {list(info.shape)}")
+
+
+def _compare_kept(name: str, tensor: torch.Tensor, original: torch.Tensor, found: _Findings) -> None:
+    if tensor.shape != original.shape or not tensor.dtype.is_floating_point:
+        return
+    ratio = sqnr_db(original.float(), tensor.float())
+    if not ratio >= KEPT_DB and bool((original != 0).any()):
+        found.add("source", name, f"was kept and differs from the base by {ratio:.1f} dB (a cast leaves {KEPT_DB:.0f})")
+
+
+def _compare(name: str, scheme: Scheme, values: torch.Tensor, original: torch.Tensor, found: _Findings) -> Compared:
+    """Signal to noise of one weight, over the whole and block by block, against what plain rounding gives."""
+    original = original.float()
+    if values.shape != original.shape:
+        found.add("source", name, f"has shape {list(values.shape)}, the base {list(original.shape)}")
+        return Compared(name, str(scheme), -math.inf, math.nan)
+    rows = original.reshape(-1, original.shape[-1])
+    chosen = torch.linspace(0, rows.shape[0] - 1, min(SAMPLE_ROWS, rows.shape[0])).round().long()
+    expected = expected_db(scheme, rows[chosen])
+    ratio = sqnr_db(original, values)
+    if ratio < expected - MARGIN_DB:
+        found.add("source", name, f"has {ratio:.1f} dB signal to noise, {scheme} gives about {expected:.1f}")
+    elif math.isfinite(expected):
+        bad, worst = _bad_blocks(rows, values.reshape(rows.shape), expected)
+        if bad:
+            found.add(
+                "source",
+                name,
+                f"{bad} block(s) are far off, the worst in row {worst[0]}, columns {worst[1]} on: damaged or swapped scales",
+            )
+    return Compared(name, str(scheme), ratio, expected)
+
+
+def expected_db(scheme: Scheme, rows: torch.Tensor) -> float:
+    """Signal to noise in dB that plain rounding with this scheme gives for some rows of a weight, float32 [n, cols]."""
+    try:
+        return sqnr_db(rows, quantize(scheme.weights_only, rows, search=Search(method="absmax")).dequantize())
+    except FewbitError:  # no plain rounding is known for this grid: a bit is worth four to six decibels
+        return 4.0 * float(scheme.grid.bits) / scheme.grid.dim
+
+
+def _bad_blocks(rows: torch.Tensor, values: torch.Tensor, expected: float) -> tuple[int, tuple[int, int]]:
+    """Blocks [row, 32 columns] whose error is both far above rounding noise and as large as their content: (count, worst position)."""
+    width = 32 if rows.shape[-1] % 32 == 0 else rows.shape[-1]
+    content = rows.unflatten(-1, (-1, width)).square().mean(-1)
+    error = (rows - values).unflatten(-1, (-1, width)).square().mean(-1)
+    noise = rows.square().mean() * 10 ** (-expected / 10)
+    bad = (error > 64 * noise) & (error > content)
+    position = int(torch.where(bad, error, torch.zeros_like(error)).argmax())
+    return int(bad.sum()), (position // error.shape[-1], position % error.shape[-1] * width)
