@@ -65,7 +65,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV2Config",
         _DENSE
         | {
-            "num_hidden_layers": 3, "num_key_value_heads": 8, "q_lora_rank": None, "kv_lora_rank": 128, "qk_nope_head_dim": 32,
+            "num_hidden_layers": 3, "num_key_value_heads": 8, "q_lora_rank": 96, "kv_lora_rank": 128, "qk_nope_head_dim": 32,
             "qk_rope_head_dim": 32, "v_head_dim": 64, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
             "moe_intermediate_size": 256, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "topk_method": "greedy",
             "routed_scaling_factor": 1.0, "norm_topk_prob": False,

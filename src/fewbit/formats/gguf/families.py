@@ -84,8 +84,8 @@ def family_named(name: str) -> Family:
         drop=tuple(rows.get("drop", ())),
         notes=rows["notes"],
         choices=tuple(tuple(group) for group in rows.get("choices", ())),
-        requires=rows["requires"],
-        defaults=rows["defaults"],
+        requires={text: sentence for text, sentence in rows["requires"].items() if sentence},
+        defaults={key: value for key, value in rows["defaults"].items() if value != ""},
         metadata={key: text for key, text in rows["metadata"].items() if text},
         tensors={
             key: (text,) if isinstance(text, str) else tuple(text) for key, text in rows["tensors"].items() if text
