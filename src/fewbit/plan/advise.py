@@ -21,8 +21,10 @@ from fewbit.plan.kv import KvLayer
 from fewbit.plan.memory import Needed, Use, longest_context, needed, offload
 from fewbit.plan.shapes import Model
 from fewbit.plan.sizes import STORAGES, Size, size_of
-from fewbit.plan.throughput import Speed, compute_dtype, matmul_params, speed
+from fewbit.plan.throughput import Speed, compute_dtype, matmul_params, speed, step_seconds
 
+# what runs where when nobody says: others take every format
+USUAL_ENGINE = {"datacentre": "vllm", "apple": "llama.cpp", "cpu": "llama.cpp"}
 # (quality, speed, size): how much each counts
 PRIORITIES = {
     "balanced": (1.0, 1.0, 0.5),
@@ -148,7 +150,8 @@ def advise(model: Model, layers: tuple[KvLayer, ...], device: Device, wish: Wish
     if wish.priority not in PRIORITIES:
         raise InputError("FB-E0456", f"no priority is called {wish.priority!r}; there are {', '.join(PRIORITIES)}")
     rows = measured()["option"]
-    engine = engine_row(wish.engine) if wish.engine else None
+    assumed = wish.engine or USUAL_ENGINE.get(device.kind, "")
+    engine = engine_row(assumed) if assumed else None
     task = task_row(wish.task)
     base = size_of(model, STORAGES["BF16"])
     options = [_judge(name, row, model, layers, device, wish, engine, base) for name, row in rows.items()]
@@ -173,8 +176,8 @@ def _judge(
     needs = needed(model, size, layers, use, device)
     fit = needs.total - needs.overhead <= device.budget
     split = offload(model, storage, layers, use, device)
-    ceiling, reference = speed(model, size, layers, use, device), speed(model, base, layers, use, device)
-    ratio, prefill, notes = _against_bf16(size, ceiling, reference, device)
+    ceiling = speed(model, size, layers, use, device)
+    ratio, prefill, notes = _against_bf16(model, size, base, layers, use, device)
     calibrated = row.get("calibration", False) and wish.calibration
     kl = (row["kl"] if calibrated or "kl_without" not in row else row["kl_without"]) * size_factor(model.params)
     risk, risks = _risk(kl, row, model, wish)
@@ -185,34 +188,40 @@ def _judge(
 
 
 def _refusal(row: Mapping[str, Any], device: Device, wish: Wish, engine: Mapping[str, Any] | None) -> str:
-    """Why an option cannot be used, or ""."""
+    """Why an option cannot be used, or nothing."""
+    name = wish.engine or USUAL_ENGINE.get(device.kind, "")
     if engine is not None and row["format"] not in engine["formats"]:
-        return f"{wish.engine} does not load {row['format']} files"
+        return f"{name} does not load {row['format']} files"
     if engine is not None and device.backend != "any" and device.backend not in engine["backends"]:
-        return f"{wish.engine} does not run on {device.backend} devices"
+        return f"{name} does not run on {device.backend} devices"
     if row["format"] == "mlx" and device.backend not in ("metal", "any"):
         return "MLX is made for Apple's GPUs"
-    if row["format"] == "bitsandbytes" and not wish.finetune and engine is None:
-        return ""
-    if row.get("calibration") and not wish.calibration and "--method gptq" in row.get("flags", ""):
-        return "GPTQ needs calibration text, which is not at hand"
-    if row.get("calibration") and not wish.calibration and "--rewrites awq" in row.get("flags", ""):
-        return "AWQ needs calibration text, which is not at hand"
+    needs = [
+        method
+        for flag, method in (("--method gptq", "GPTQ"), ("--rewrites awq", "AWQ"))
+        if flag in row.get("flags", "")
+    ]
+    if needs and not wish.calibration:
+        return f"{needs[0]} needs calibration text, which is not at hand"
     return ""
 
 
-def _against_bf16(size: Size, ceiling: Speed, reference: Speed, device: Device) -> tuple[float, float, list[str]]:
+def _against_bf16(
+    model: Model, size: Size, base: Size, layers: tuple[KvLayer, ...], use: Use, device: Device
+) -> tuple[float, float, list[str]]:
     """(decoding ratio, prefill ratio, warnings) against BF16 on the same device, had it the memory."""
     storage = size.storage
     native = storage.compute in device.tflops or storage.plain
-    loses = not native or (storage.compute == "bf16" and not storage.plain)
+    widened = not native or (storage.compute == "bf16" and not storage.plain)
+    efficiency = WIDENING_LOSS if widened else 1.0
+    own, other = (
+        step_seconds(model, size, layers, use, device, efficiency),
+        step_seconds(model, base, layers, use, device),
+    )
+    ceiling, reference = speed(model, size, layers, use, device), speed(model, base, layers, use, device)
+    ratio = other / own if own else 1.0
+    prefill = efficiency * ceiling.prefill / reference.prefill if reference.prefill else 1.0
     notes = []
-    ratio = ceiling.decode / reference.decode if reference.decode else 1.0
-    prefill = ceiling.prefill / reference.prefill if reference.prefill else 1.0
-    if loses and ceiling.bound == "compute":
-        ratio = min(ratio, 1.0) * WIDENING_LOSS
-    if loses:
-        prefill = min(prefill, 1.0) * (WIDENING_LOSS + 0.2)
     if ratio < 0.98 and storage.label != "BF16":
         notes.append("slower than BF16 here: at this batch compute limits, and low-bit weights must be widened first")
     elif prefill < 0.98 and storage.label != "BF16":
@@ -300,11 +309,7 @@ def _steps(
         ),
         _native_step(device),
         _bound_step(model, layers, device, use, base),
-        Step(
-            "What does the engine load?",
-            f"{wish.engine}: {', '.join(engine['formats'])}" if engine else "no engine named",
-            "other formats are out" if engine else "every format stays in",
-        ),
+        _engine_step(device, wish, engine),
         Step(
             "How hard is the task?",
             task["why"],
@@ -321,6 +326,14 @@ def _steps(
             "train with QLoRA on NF4, then quantise the merged model again" if wish.finetune else "nothing follows",
         ),
     ]
+
+
+def _engine_step(device: Device, wish: Wish, engine: Mapping[str, Any] | None) -> Step:
+    question = "What does the engine load?"
+    if engine is None:
+        return Step(question, "no engine named", "every format stays in")
+    name = wish.engine or f"none named, {USUAL_ENGINE[device.kind]} is usual on such a device"
+    return Step(question, f"{name}: {', '.join(engine['formats'])}", "other formats are out")
 
 
 def _bits_that_fit(model: Model, needs: Needed, device: Device) -> float:

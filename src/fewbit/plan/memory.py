@@ -22,7 +22,7 @@ from fewbit.plan.jobs import Job
 from fewbit.plan.kv import KvLayer, kv_bits, kv_bytes
 from fewbit.plan.resources import BASE_BYTES, budget
 from fewbit.plan.shapes import Model, Weight
-from fewbit.plan.sizes import Size, Storage, all_bytes, held
+from fewbit.plan.sizes import Size, Storage, all_bytes, held, size_of
 
 CHUNK = 2048  # tokens of a prompt that an engine runs through the layers at once
 LONGEST = 1 << 24
@@ -198,7 +198,7 @@ def quantize_cost(model: Model, storage: Storage, *, workers: int = 2, ram: int 
     alike = {(w.shape, w.dtype, w.kept, w.role, row.nbytes): (w, row.scheme, row.nbytes) for w, row in pairs}
     jobs = [_job(*row) for row in alike.values() for _ in range(workers)]
     peak = quantize_memory(jobs, ram, workers)
-    disk = sum(all_bytes(model, storage))
+    disk = size_of(model, storage).total
     weights = sum(weight.numel for weight, row in pairs if row.scheme is not None)
     seconds = weights * nanoseconds_per_weight(storage) * 1e-9 / max(1, workers)
     return Cost(peak, disk, sum(weight.nbytes for weight in model.weights), seconds)

@@ -64,7 +64,7 @@ STORAGES: dict[str, Storage] = {
         Storage("MXFP4", "mxfp4", "compressed-tensors:mxfp4"),
         Storage("INT4 g128", "int4-g128", "compressed-tensors:int4-g128"),
         Storage("INT4 g128 asym", "int4-g128-asym", "awq:int4-g128-asym"),
-        Storage("NF4", "nf4-flat64-dq", "bitsandbytes:nf4"),
+        Storage("NF4", "nf4-flat64-dq", "bitsandbytes:nf4-flat64-dq"),
         Storage("Q3_K_M", "q3_k", "gguf:Q3_K_M", container="gguf"),
         Storage("Q2_K", "q2_k", "gguf:Q2_K", container="gguf"),
         Storage("MLX 8-bit", "uint8-g64-min", "mlx:uint8-g64-min"),

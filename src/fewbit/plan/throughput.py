@@ -104,6 +104,22 @@ def speed(model: Model, size: Size, layers: tuple[KvLayer, ...], use: Use, devic
     return Speed(decode, prefill, bound, dtype)
 
 
+def step_seconds(
+    model: Model, size: Size, layers: tuple[KvLayer, ...], use: Use, device: Device, efficiency: float = 1.0
+) -> float:
+    """Least time of one decoding step when matrices and attention follow one another, for comparing schemes; 0 when unknown.
+
+    Args:
+        efficiency: share of the device's rate that the kernels reach: below 1 where low-bit weights are widened first.
+    """
+    rate = device.rate(compute_dtype(size.storage, device)) * efficiency
+    if not rate or not device.bandwidth:
+        return 0.0
+    read = _weight_bytes_read(model, size.storage, use.batch) / device.bandwidth
+    cache = kv_bytes(layers, use.context, use.batch, use.kv_dtype) / device.bandwidth
+    return max(read, 2.0 * matmul_params(model) * use.batch / rate) + cache
+
+
 def offloaded_decode(device_bytes: float, host_bytes: float, device: Device, host_bandwidth: float) -> float:
     """Ceiling of one sequence when layers stay in main memory: each part is read at its own speed, one after the other."""
     if not device.bandwidth or not host_bandwidth:
