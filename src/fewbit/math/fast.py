@@ -21,6 +21,7 @@ from fewbit.num.grid import Codebook, FloatGrid, Grid, IntGrid
 from fewbit.num.qtensor import code_dtype
 
 _MIN_WEIGHTS = 1 << 14  # below this a kernel's call costs more than torch
+_LANES = 16
 _MAX_BLOCK = 1 << 16  # above this the lanes of a search no longer fit a cache
 
 
@@ -36,8 +37,8 @@ class View:
     """A chunk as the kernels see it.
 
     Attributes:
-        x: [blocks, size] of uint16 (bfloat16 bits), int16 (float16 bits) or float32.
-        h: float32 [any divisor of blocks, size] repeating over the blocks, or None.
+        x: flat blocks of uint16 (bfloat16 bits), int16 (float16 bits) or float32.
+        h: flat float32 blocks repeating over those of x, or None.
         shape: (n, block rows, m, block cols); parameters are [n, 1, m, 1].
     """
 
@@ -45,17 +46,40 @@ class View:
     h: np.ndarray | None
     shape: tuple[int, int, int, int]
 
+    @property
+    def blocks(self) -> int:
+        return self.shape[0] * self.shape[2]
+
+    @property
+    def size(self) -> int:
+        return self.shape[1] * self.shape[3]
+
+    @property
+    def padded(self) -> int:
+        """Blocks, rounded up so that lanes may run over the end."""
+        return -(-self.blocks // _LANES) * _LANES
+
     def params(self, values: torch.Tensor | None) -> np.ndarray:
-        """[n, 1, m, 1] or broadcastable to it, or None for zeros -> float32 [blocks]."""
+        """[n, 1, m, 1] or broadcastable to it, or None for zeros -> float32 [padded]."""
         n, _, m, _ = self.shape
-        if values is None:
-            return np.zeros(n * m, np.float32)
-        return values.float().expand(n, 1, m, 1).reshape(-1).contiguous().numpy()
+        out = np.zeros(self.padded, np.float32)
+        if values is not None:
+            out[: self.blocks] = values.float().expand(n, 1, m, 1).reshape(-1).numpy()
+        return out
 
     def back(self, values: np.ndarray) -> torch.Tensor:
-        """float32 [blocks] -> [n, 1, m, 1]."""
+        """float32 [padded] -> [n, 1, m, 1]."""
         n, _, m, _ = self.shape
-        return torch.from_numpy(values).reshape(n, 1, m, 1)
+        return torch.from_numpy(values[: self.blocks]).reshape(n, 1, m, 1)
+
+    def spread(self, work: Callable[[int, int], Any]) -> list[Any]:
+        """Run work(b0, b1) over all blocks on torch's number of threads; the split does not change any result."""
+        threads = max(1, min(torch.get_num_threads(), self.x.size >> 16, self.blocks // _LANES))
+        if threads == 1:
+            return [work(0, self.blocks)]
+        step = -(-self.padded // _LANES // threads) * _LANES
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(lambda b: work(b, min(b + step, self.blocks)), range(0, self.blocks, step)))
 
 
 def view_of(raw: torch.Tensor, h: torch.Tensor | None) -> View | None:
@@ -64,11 +88,11 @@ def view_of(raw: torch.Tensor, h: torch.Tensor | None) -> View | None:
     Tiles are copied so that each lies in one piece; whole rows and groups are not.
     """
     n, br, m, bc = raw.shape
-    if raw.device.type != "cpu" or raw.numel() < _MIN_WEIGHTS or br * bc > _MAX_BLOCK or br * bc == 0:
+    if raw.device.type != "cpu" or raw.numel() < _MIN_WEIGHTS or not _LANES <= br * bc <= _MAX_BLOCK:
         return None
     if raw.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return None
-    flat = raw.detach().permute(0, 2, 1, 3).reshape(n * m, br * bc).contiguous()
+    flat = raw.detach().permute(0, 2, 1, 3).reshape(-1).contiguous()
     if flat.dtype == torch.bfloat16:
         x = flat.view(torch.int16).numpy().view(np.uint16)
     else:
@@ -77,7 +101,7 @@ def view_of(raw: torch.Tensor, h: torch.Tensor | None) -> View | None:
         return View(x, None, (n, br, m, bc))
     if br > 1:
         h = h.expand(raw.shape).permute(0, 2, 1, 3)
-    return View(x, h.reshape(-1, br * bc).float().contiguous().numpy(), (n, br, m, bc))
+    return View(x, h.reshape(-1).float().contiguous().numpy(), (n, br, m, bc))
 
 
 def serves(grid: Grid) -> bool:
@@ -89,10 +113,10 @@ def serves(grid: Grid) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _grid_arguments(grid: Grid) -> tuple[Any, ...]:
-    """(low, high, kind, bounds, jumps) as the kernels take them."""
+    """(low, high, kind, ends, levels) as the kernels take them."""
     if isinstance(grid, Codebook):
-        bounds, levels, _ = level_intervals(grid)
-        return np.float32(levels[0]), np.float32(levels[-1]), None, bounds, np.diff(levels).astype(np.float32)
+        ends, levels, _ = level_intervals(grid)
+        return np.float32(levels[0]), np.float32(levels[-1]), None, ends, levels
     kind = None
     if isinstance(grid, FloatGrid):
         magic = np.float32(2.0 ** (23 + 1 - grid.bias - grid.mantissa))
@@ -100,91 +124,75 @@ def _grid_arguments(grid: Grid) -> tuple[Any, ...]:
     return np.float32(grid.low), np.float32(grid.high), kind, None, None
 
 
-def _spread(work: Callable[[int, int], Any], blocks: int, size: int) -> list[Any]:
-    """Run work(b0, b1) over all blocks on torch's number of threads; the split does not change any result."""
-    threads = max(1, min(torch.get_num_threads(), blocks * size >> 16, blocks // 16))
-    if threads == 1:
-        return [work(0, blocks)]
-    step = -(-blocks // threads + 15) // 16 * 16 if blocks >= 16 * threads else -(-blocks // threads)
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(lambda b: work(b, min(b + step, blocks)), range(0, blocks, step)))
-
-
 def extremes(view: View) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Lowest and highest weight of each block, [n, 1, m, 1] each, and whether all weights are finite."""
-    blocks, size = view.x.shape
-    low, high = np.empty(blocks, np.float32), np.empty(blocks, np.float32)
-    bad = _spread(lambda a, b: _kernels().extremes(view.x, low, high, a, b), blocks, size)
+    low, high, run = np.empty(view.padded, np.float32), np.empty(view.padded, np.float32), _kernels().extremes
+    bad = view.spread(lambda a, b: run(view.x, view.size, low, high, a, b))
     return view.back(low), view.back(high), not any(bad)
 
 
 def errors(view: View, grid: Grid, triple: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
     """Weighted squared error of each block under (scale, code_shift, value_shift), [n, 1, m, 1]."""
-    blocks, size = view.x.shape
     scale, zero, shift = (view.params(p) for p in triple)
-    out = np.empty(blocks, np.float32)
-    arguments = _grid_arguments(grid)
-    _spread(lambda a, b: _kernels().errors(view.x, view.h, scale, zero, shift, out, a, b, *arguments), blocks, size)
+    out, run, arguments = np.empty(view.padded, np.float32), _kernels().errors, _grid_arguments(grid)
+    view.spread(lambda a, b: run(view.x, view.size, view.h, scale, zero, shift, out, a, b, *arguments))
     return view.back(out)
+
+
+def curvatures(view: View, grid: Grid, triple: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted sums of (level - z)^2 and of 1 over each block, [n, 1, m, 1] each."""
+    scale, zero, shift = (view.params(p) for p in triple)
+    out, weight = np.empty(view.padded, np.float32), np.empty(view.padded, np.float32)
+    run, arguments = _kernels().curvatures, _grid_arguments(grid)
+    view.spread(lambda a, b: run(view.x, view.size, view.h, scale, zero, shift, out, weight, a, b, *arguments))
+    return view.back(out), view.back(weight)
 
 
 def snap(view: View, grid: Grid, triple: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
     """The nearest codes, [n, block rows, m, block cols]."""
-    blocks, size = view.x.shape
-    params = tuple(view.params(p) for p in triple)
-    kernels = _kernels()
-    low, high, kind, bounds, _ = _grid_arguments(grid)
-    codes = torch.empty((blocks, size), dtype=code_dtype(grid))
-    out = codes.numpy()
-    if isinstance(grid, IntGrid):
-        _spread(lambda a, b: kernels.snap_integer(view.x, *params, out, a, b, low, high), blocks, size)
-    elif isinstance(grid, FloatGrid):
-        lowest = np.int32((127 - grid.bias) << grid.mantissa)
-        sign = np.int32(1 << (grid.bits - 1))
-        _spread(lambda a, b: kernels.snap_float(view.x, *params, out, a, b, high, kind, lowest, sign), blocks, size)
-    else:
-        order = level_intervals(grid)[2]
-        _spread(lambda a, b: kernels.snap_table(view.x, *params, out, a, b, bounds, order), blocks, size)
+    params, run = tuple(view.params(p) for p in triple), _kernels().snap
+    low, high, kind, ends, levels = _grid_arguments(grid)
+    codes = torch.empty(view.x.size, dtype=code_dtype(grid))
+    out, marks = codes.numpy(), None
+    if isinstance(grid, FloatGrid):
+        marks = (np.int32((127 - grid.bias) << grid.mantissa), np.int32(1 << (grid.bits - 1)))
+    elif levels is not None:
+        marks = np.arange(len(levels), dtype=np.float32)
+    view.spread(lambda a, b: run(view.x, view.size, *params, out, a, b, low, high, kind, ends, marks))
+    if isinstance(grid, Codebook) and not np.array_equal(order := level_intervals(grid)[2], np.arange(len(levels))):
+        view.spread(lambda a, b: _kernels().relabel(out, order, a * view.size, b * view.size))
     n, br, m, bc = view.shape
     return codes.reshape(n, m, br, bc).permute(0, 2, 1, 3)
 
 
 def search_scale(view: View, grid: Grid, bases: torch.Tensor, ratios: list[float], rounds: int) -> torch.Tensor:
     """Least-squares scales, [n, 1, m, 1], from starting scales `bases` [count, n, 1, m, 1] times each ratio."""
-    blocks, size = view.x.shape
     base = np.stack([view.params(b) for b in bases])
-    tries, out = np.array(ratios, np.float32), np.empty(blocks, np.float32)
-    arguments = _grid_arguments(grid)
-    kernel = _kernels().search_scale
-    _spread(lambda a, b: kernel(view.x, view.h, base, tries, rounds, out, a, b, *arguments), blocks, size)
+    tries, out = np.array(ratios, np.float32), np.empty(view.padded, np.float32)
+    run, arguments = _kernels().search_scale, _grid_arguments(grid)
+    view.spread(lambda a, b: run(view.x, view.size, view.h, base, tries, rounds, out, a, b, *arguments))
     return view.back(out)
 
 
 def search_zero(
-    view: View, grid: Grid, low: torch.Tensor, high: torch.Tensor, ratios: list[float], near: int, rounds: int
+    view: View, grid: IntGrid, low: torch.Tensor, high: torch.Tensor, ratios: list[float], near: int, rounds: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Least-squares scales and integer zero points for ranges low..high [n, 1, m, 1] times each ratio."""
-    blocks, size = view.x.shape
-    least, most = view.params(low), view.params(high)
-    tries, scale, zero = np.array(ratios, np.float32), np.empty(blocks, np.float32), np.empty(blocks, np.float32)
+    least, most, tries = view.params(low), view.params(high), np.array(ratios, np.float32)
+    scale, zero, run = np.empty(view.padded, np.float32), np.empty(view.padded, np.float32), _kernels().search_zero
     ends = np.float32(grid.low), np.float32(grid.high)
-    kernel = _kernels().search_zero
-    _spread(
-        lambda a, b: kernel(view.x, view.h, least, most, tries, near, rounds, scale, zero, a, b, *ends), blocks, size
-    )
+    view.spread(lambda a, b: run(view.x, view.size, view.h, least, most, tries, near, rounds, scale, zero, a, b, *ends))
     return view.back(scale), view.back(zero)
 
 
 def search_shift(
-    view: View, grid: Grid, low: torch.Tensor, high: torch.Tensor, ratios: list[float], rounds: int, down: bool
+    view: View, grid: IntGrid, low: torch.Tensor, high: torch.Tensor, ratios: list[float], rounds: int, down: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Least-squares scales and value shifts (<= 0 if `down`) for ranges low..high [n, 1, m, 1] times each ratio."""
-    blocks, size = view.x.shape
-    least, most = view.params(low), view.params(high)
-    tries, scale, shift = np.array(ratios, np.float32), np.empty(blocks, np.float32), np.empty(blocks, np.float32)
+    least, most, tries = view.params(low), view.params(high), np.array(ratios, np.float32)
+    scale, shift, run = np.empty(view.padded, np.float32), np.empty(view.padded, np.float32), _kernels().search_shift
     ends = np.float32(grid.low), np.float32(grid.high)
-    kernel = _kernels().search_shift
-    _spread(
-        lambda a, b: kernel(view.x, view.h, least, most, tries, rounds, down, scale, shift, a, b, *ends), blocks, size
+    view.spread(
+        lambda a, b: run(view.x, view.size, view.h, least, most, tries, rounds, down, scale, shift, a, b, *ends)
     )
     return view.back(scale), view.back(shift)

@@ -15,6 +15,7 @@ from itertools import product
 import numpy as np
 import torch
 
+from fewbit.math import fast
 from fewbit.math.rounding import pack_leaf, round_levels
 from fewbit.math.search import Params, Search, Target, Triple, choose, error_of, units
 from fewbit.math.tiles import Chunk, chunks
@@ -37,8 +38,10 @@ def fit_nested(
     alive = torch.zeros(counts, dtype=torch.float32, device=w.device)
     for chunk in chunks(w, importance, scheme.blocks):
         triple = choose(target, chunk, search)
-        chunk.put(_flat(alive), (chunk.x != 0).amax(dim=(1, 3), keepdim=True).float())
-        for name, values, weight in zip(_NAMES, triple, _curvatures(target, chunk, triple), strict=True):
+        low, high = chunk.extremes()
+        chunk.put(_flat(alive), ((low != 0) | (high != 0)).float())
+        bends = _curvatures(target, chunk, triple) if search.searches else (torch.ones_like(low),) * 3
+        for name, values, weight in zip(_NAMES, triple, bends, strict=True):
             if name in arrays and values is not None:
                 chunk.put(_flat(arrays[name]), values)
                 chunk.put(_flat(curvature[name]), weight)
@@ -80,6 +83,9 @@ def store_part(
 def _curvatures(target: Target, chunk: Chunk, triple: Triple) -> Triple:
     """Second derivatives of each block's error with respect to (scale, code_shift, value_shift), halved."""
     scale, z, _ = triple
+    if chunk.view is not None and fast.serves(target.grid):
+        squares, weights = fast.curvatures(chunk.view, target.grid, triple)
+        return squares, weights * scale.square(), weights
 
     def level_square(x: torch.Tensor, h: torch.Tensor | None) -> torch.Tensor:
         out = round_levels(target.grid, units(x, triple))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fewbit.base.errors import InputError
-from fewbit.num.grid import Codebook, FloatGrid, Grid, IntGrid, VectorGrid
+from fewbit.num.grid import E8M0, Codebook, FloatGrid, Grid, IntGrid, VectorGrid
 from fewbit.num.qtensor import NATIVE, code_dtype, decode_codes, level_table, native_dtype
 
 # torch's own casts round to nearest even for these; the rest go through a table of boundaries
@@ -37,11 +37,21 @@ def nearest(grid: Grid, u: torch.Tensor, importance: torch.Tensor | None = None)
         return _nearest_vectors(grid, u, importance)
     if isinstance(grid, FloatGrid) and grid.name in _CAST:
         return u.clamp(grid.low, grid.high).to(NATIVE[grid.name]).view(_BITS_VIEW[grid.bits])
+    if grid == E8M0:
+        return _nearest_exponent(u)
     boundaries, order = _boundaries(grid, u.device)
     if isinstance(grid, FloatGrid) and grid.signed:  # magnitude code, then the sign bit
         codes = order[torch.bucketize(u.abs(), boundaries)]
         return codes | (torch.signbit(u).to(torch.uint8) << (grid.bits - 1))
     return order[torch.bucketize(u, boundaries)]
+
+
+def _nearest_exponent(u: torch.Tensor) -> torch.Tensor:
+    """E8M0 codes: the exponent field of a float32, rounded by its fraction; zero and below give the smallest level, 2^-127."""
+    bits = u.clamp(min=0.0).contiguous().view(torch.int32)
+    code = (bits + 0x3FFFFF + ((bits >> 23) & 1)) >> 23
+    code = torch.where(bits < 1 << 23, (bits > 0x600000).to(torch.int32), code)  # 2^-127 is itself subnormal in float32
+    return code.clamp_(max=254).to(torch.uint8)
 
 
 def round_levels(grid: Grid, u: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:

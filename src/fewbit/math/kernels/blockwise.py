@@ -1,427 +1,302 @@
 """numba kernels over blocks that lie one after another in memory: extremes, snapping, errors and scale search.
 
-All see x as [blocks, size] of uint16 (bfloat16 bits), int16 (float16 bits) or float32, and one parameter per block. They release
-the GIL and work on blocks b0..b1, so that threads can share a tensor.
+All see x as a flat array of blocks of `size` >= 16 numbers, uint16 (bfloat16 bits), int16 (float16 bits) or float32, and one parameter
+per block. They release the GIL and work on blocks b0..b1, so that threads can share a tensor. Weights of errors, h, are a flat float32
+array of whole blocks that repeats over the blocks of x, or None.
 
-Speed comes from two layouts. Elementwise work runs along a block. The search holds 16 blocks as lanes, t[k][lane], so that its innermost
-loop is a fixed 16 wide and needs no reduction across lanes:
+Elementwise work takes sixteen numbers along a block at a time. The search holds sixteen blocks side by side instead, so that every sum has
+a lane of its own and needs no reduction:
 
-        block 0: x00 x01 x02 ..            t[0] = x00 x10 x20 .. x15,0     one vector register
+        block 0: x00 x01 x02 ..            t[0] = x00 x10 x20 .. x15,0     one `Lanes`
         block 1: x10 x11 x12 ..     ->     t[1] = x01 x11 x21 .. x15,1
         ..                                 ..
 
-Sums have one fixed order and nothing is contracted into fused multiply-adds, so results are the same on every machine. Only the
-extremes may be reordered, which does not change them.
-
-The grid of the codes comes as (low, high, kind, bounds, jumps): integers have kind None and bounds None; floats have
-kind = (mantissa bits, code of 1.0 ..., see `float_kind`); tables have their interval ends in `bounds` and the differences of neighbouring levels
-in `jumps`. numba compiles one version for each combination and drops the branches of the others.
+The grid of the codes comes as (low, high, kind, ends, levels): integers have None for the last three; floats have kind = (shift, least
+normal, magic), see `lanes.float_level`; tables have the ends of their intervals and their levels in order. numba compiles one version for each
+of the three and drops the branches of the others.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
-LANES = 16
-TILE = 16  # values of k whose levels are held at once: TILE * LANES floats stay in the first-level cache
-_MAGIC = np.float32(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |u| < 2^22 to the nearest even integer
-_ZERO = np.float32(0.0)
-_ONE = np.float32(1.0)
+from fewbit.math.kernels.lanes import (
+    WIDTH,
+    float_code,
+    float_level,
+    higher,
+    lane,
+    load,
+    lower,
+    not_finite,
+    rint,
+    splat,
+    store,
+    where_greater,
+)
+
+_ZERO, _ONE, _TWO, _HALF = np.float32(0.0), np.float32(1.0), np.float32(2.0), np.float32(0.5)
+_INFINITE = np.float32(np.inf)
 _OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
-@intrinsic
-def widen(typingctx, x):
-    """uint16 bfloat16 bits, int16 float16 bits or float32 -> float32."""
-    if x not in (types.uint16, types.int16, types.float32):
-        return None
-
-    def codegen(context, builder, signature, args):
-        (value,) = args
-        if signature.args[0] == types.uint16:
-            wide = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-            return builder.bitcast(wide, ir.FloatType())
-        if signature.args[0] == types.int16:
-            return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
-        return value
-
-    return types.float32(x), codegen
+@njit(**_OPTIONS)
+def _level(u, low, high, kind, ends, levels):
+    """The nearest level of each lane."""
+    if kind is not None:
+        return float_level(u, high, kind[0], kind[1], kind[2])
+    if ends is not None:
+        out = splat(low)
+        for j in range(ends.shape[0]):
+            out = where_greater(u, splat(ends[j]), splat(levels[j + 1]), out)
+        return out
+    return rint(lower(higher(u, splat(low)), splat(high)))
 
 
-@intrinsic
-def bits_of(typingctx, x):
-    """float32 -> its bits as int32."""
-
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.int32(types.float32), codegen
+@njit(**_OPTIONS)
+def _at(k, size):
+    """Where to read the lanes that start at k: the last ones overlap those before."""
+    return min(k, size - WIDTH)
 
 
-@intrinsic
-def float_of(typingctx, x):
-    """int32 bits -> float32."""
-
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.int32), codegen
-
-
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"nnan", "nsz"})
-def extremes(x, low, high, b0, b1):
-    """Lowest and highest value of each block; returns how many blocks hold NaN or infinity."""
-    size = x.shape[1]
-    bad = 0
+@njit(**_OPTIONS)
+def extremes(x, size, low, high, b0, b1):
+    """Lowest and highest value of each block; returns whether any is NaN or infinite."""
+    bad = splat(_ZERO)
     for b in range(b0, b1):
-        least = np.float32(np.inf)
-        most = np.float32(-np.inf)
-        top = np.int32(0)
-        for k in range(size):
-            v = widen(x[b, k])
-            least = v if v < least else least
-            most = v if v > most else most
-            magnitude = bits_of(v) & np.int32(0x7FFFFFFF)
-            top = magnitude if magnitude > top else top
-        low[b] = least
-        high[b] = most
-        bad += top >= np.int32(0x7F800000)
-    return bad
+        least = load(x, b * size)
+        most = least
+        for k in range(0, size, WIDTH):
+            v = load(x, b * size + _at(k, size))
+            least = lower(v, least)
+            most = higher(v, most)
+            bad = higher(not_finite(v), bad)
+        for n in range(WIDTH):
+            low[b] = lane(least, n) if n == 0 else min(low[b], lane(least, n))
+            high[b] = lane(most, n) if n == 0 else max(high[b], lane(most, n))
+    found = _ZERO
+    for n in range(WIDTH):
+        found += lane(bad, n)
+    return found != _ZERO
 
 
 @njit(**_OPTIONS)
-def _float_level(u, high, kind):
-    """Nearest level of a signed float grid, ties to even. kind = (shift, least normal, magic of the subnormals)."""
-    shift, normal, magic = kind
-    a = abs(u)
-    a = high if a > high else a
-    bits = bits_of(a)
-    even = (bits >> shift) & np.int32(1)
-    rounded = (bits + even + ((np.int32(1) << (shift - np.int32(1))) - np.int32(1))) & ~(
-        (np.int32(1) << shift) - np.int32(1)
-    )
-    level = float_of(rounded) if a >= normal else (a + magic) - magic
-    return -level if u < _ZERO else level
+def errors(x, size, h, scale, zero, shift, out, b0, b1, low, high, kind, ends, levels):
+    """Weighted squared error of each block under stored parameters, with the arithmetic of `snap` and `dequantize`."""
+    ramp = np.empty(WIDTH, np.float32)
+    for n in range(WIDTH):
+        ramp[n] = n
+    places = load(ramp, 0)
+    for b in range(b0, b1):
+        s, z, v = splat(scale[b]), splat(zero[b]), splat(shift[b])
+        safe = splat(scale[b] if scale[b] != _ZERO else _INFINITE)
+        row = 0 if h is None else b * size % h.shape[0]
+        total = splat(_ZERO)
+        for k in range(0, size, WIDTH):
+            at = _at(k, size)
+            y = load(x, b * size + at)
+            miss = ((_level((y - v) / safe + z, low, high, kind, ends, levels) - z) * s + v) - y
+            miss = miss * miss if h is None else miss * miss * load(h, row + at)
+            if at < k:  # lanes that were counted before
+                miss = where_greater(splat(np.float32(k - at)), places, splat(_ZERO), miss)
+            total = total + miss
+        whole = _ZERO
+        for n in range(WIDTH):
+            whole += lane(total, n)
+        out[b] = whole
 
 
 @njit(**_OPTIONS)
-def _levels(t, at, count, inverse, shift, lev, low, high, kind, bounds, jumps):
-    """lev[i, lane] = nearest level of t[at + i, lane] * inverse[lane] + shift[lane], minus the shift."""
-    if bounds is not None:
-        for i in range(count):
-            for n in range(LANES):
-                lev[i, n] = low
-        for j in range(bounds.shape[0]):
-            edge, jump = bounds[j], jumps[j]
-            for i in range(count):
-                for n in range(LANES):
-                    lev[i, n] += jump if t[at + i, n] * inverse[n] > edge else _ZERO
-    else:
-        for i in range(count):
-            for n in range(LANES):
-                u = t[at + i, n] * inverse[n] + shift[n]
-                if kind is not None:
-                    lev[i, n] = _float_level(u, high, kind)
-                else:
-                    u = low if u < low else u
-                    u = high if u > high else u
-                    lev[i, n] = ((u + _MAGIC) - _MAGIC) - shift[n]
+def curvatures(x, size, h, scale, zero, shift, out, out_weight, b0, b1, low, high, kind, ends, levels):
+    """Sum h (level - z)^2 and sum h of each block: how its error bends with its scale and with its shift."""
+    ramp = np.empty(WIDTH, np.float32)
+    for n in range(WIDTH):
+        ramp[n] = n
+    places, nothing = load(ramp, 0), splat(_ZERO)
+    for b in range(b0, b1):
+        z, v = splat(zero[b]), splat(shift[b])
+        safe = splat(scale[b] if scale[b] != _ZERO else _INFINITE)
+        row = 0 if h is None else b * size % h.shape[0]
+        total, weights = nothing, nothing
+        for k in range(0, size, WIDTH):
+            at = _at(k, size)
+            weight = splat(_ONE) if h is None else load(h, row + at)
+            if at < k:  # lanes that were counted before
+                weight = where_greater(splat(np.float32(k - at)), places, nothing, weight)
+            q = _level((load(x, b * size + at) - v) / safe + z, low, high, kind, ends, levels) - z
+            total = total + weight * q * q
+            weights = weights + weight
+        ll, hh = _ZERO, _ZERO
+        for n in range(WIDTH):
+            ll += lane(total, n)
+            hh += lane(weights, n)
+        out[b] = ll
+        out_weight[b] = hh
 
 
 @njit(**_OPTIONS)
-def _sums(t, h, size, inverse, shift, lev, ll, lx, l1, low, high, kind, bounds, jumps):
-    """Per lane: ll = sum h q^2, lx = sum h q x, l1 = sum h q, with q the levels that (inverse, shift) give."""
-    for n in range(LANES):
-        ll[n] = _ZERO
-        lx[n] = _ZERO
-        l1[n] = _ZERO
-    for at in range(0, size, TILE):
-        count = min(TILE, size - at)
-        _levels(t, at, count, inverse, shift, lev, low, high, kind, bounds, jumps)
-        for i in range(count):
-            for n in range(LANES):
-                q = lev[i, n]
-                hq = q if h is None else q * h[at + i, n]
-                ll[n] += hq * q
-                lx[n] += hq * t[at + i, n]
-                l1[n] += hq
+def snap(x, size, scale, zero, shift, out, b0, b1, low, high, kind, ends, marks):
+    """Codes of the levels nearest to (x - v) / s + z, or to z where s is 0.
 
-
-@njit(**_OPTIONS)
-def _load(x, h, first, b1, t, th, origin):
-    """Blocks first..first+15 as lanes, less their origin; lanes beyond b1 repeat the last block."""
-    size = x.shape[1]
-    for n in range(LANES):
-        b = min(first + n, b1 - 1)
-        shift = origin[b]
-        for k in range(size):
-            t[k, n] = widen(x[b, k]) - shift
-        if h is not None:
-            row = b % h.shape[0]
-            for k in range(size):
-                th[k, n] = h[row, k]
-
-
-@njit(**_OPTIONS)
-def search_scale(x, h, base, ratios, rounds, out, b0, b1, low, high, kind, bounds, jumps):
-    """Least-squares scale without shift: the best of base[i][block] * ratio, each refitted in closed form.
-
-    With the codes q of a candidate the best scale is lx / ll and it explains lx^2 / ll of the sum of squares.
+    marks: (what to take off shifted bits, value of the sign bit) for floats; numbers 0, 1, 2 … for tables (their place in order).
     """
-    size = x.shape[1]
-    t = np.empty((size, LANES), np.float32)
-    th = np.empty((size, LANES), np.float32)
-    lev = np.empty((TILE, LANES), np.float32)
-    zero = np.zeros(x.shape[0], np.float32)
-    none = np.zeros(LANES, np.float32)
-    ll, lx, l1, inverse, gain, best = np.zeros((6, LANES), np.float32)
-    for first in range(b0, b1, LANES):
-        _load(x, h, first, b1, t, th, zero)
-        hh = None if h is None else th
-        for n in range(LANES):
-            gain[n] = np.float32(-1.0)
-            best[n] = base[0, min(first + n, b1 - 1)]
-        for c in range(base.shape[0] * ratios.shape[0] + rounds):
-            for n in range(LANES):
-                if c < base.shape[0] * ratios.shape[0]:
-                    s = base[c // ratios.shape[0], min(first + n, b1 - 1)] * ratios[c % ratios.shape[0]]
-                else:
-                    s = best[n]
-                inverse[n] = _ONE / s if s != _ZERO else _ZERO
-            _sums(t, hh, size, inverse, none, lev, ll, lx, l1, low, high, kind, bounds, jumps)
-            for n in range(LANES):
-                if ll[n] > _ZERO:
-                    fitted = lx[n] / ll[n]
-                    if fitted * lx[n] > gain[n]:
-                        gain[n] = fitted * lx[n]
-                        best[n] = fitted
-        for n in range(min(LANES, b1 - first)):
-            out[first + n] = best[n]
+    for b in range(b0, b1):
+        z, v = splat(zero[b]), splat(shift[b])
+        s = splat(scale[b] if scale[b] != _ZERO else _INFINITE)
+        for k in range(0, size, WIDTH):
+            at = b * size + _at(k, size)
+            u = (load(x, at) - v) / s + z
+            if kind is not None:
+                store(out, at, float_code(u, high, kind[0], kind[1], kind[2], marks[0], marks[1]))
+            elif ends is not None:
+                store(out, at, _level(u, _ZERO, high, None, ends, marks))
+            else:
+                store(out, at, _level(u, low, high, None, None, None))
 
 
 @njit(**_OPTIONS)
-def search_zero(x, h, least, most, ratios, near, rounds, out, out_shift, b0, b1, low, high):
-    """Least-squares scale with an integer zero point z in low..high: ratios of the range times `near` neighbours of z."""
-    size = x.shape[1]
-    t = np.empty((size, LANES), np.float32)
-    th = np.empty((size, LANES), np.float32)
-    lev = np.empty((TILE, LANES), np.float32)
-    zero = np.zeros(x.shape[0], np.float32)
-    ll, lx, l1, inverse, shift, gain, best, best_shift = np.zeros((8, LANES), np.float32)
-    half = np.float32(0.5)
-    tries = 2 * near + 1
-    wanted = ratios.shape[0] * tries
-    for first in range(b0, b1, LANES):
-        _load(x, h, first, b1, t, th, zero)
-        hh = None if h is None else th
-        for n in range(LANES):
-            gain[n] = np.float32(-1.0)
-        for c in range(wanted + rounds * tries):
-            for n in range(LANES):
-                b = min(first + n, b1 - 1)
-                if c < wanted:
-                    span = (most[b] - least[b]) * ratios[c // tries]
-                    s = span / (high - low)
-                    origin = (most[b] + least[b] - span) * half
-                    z = low - origin / s if s != _ZERO else low
-                else:
-                    s, z = best[n], best_shift[n]
-                z = min(max(z, low), high)
-                z = ((z + _MAGIC) - _MAGIC) + np.float32(c % tries - near)
-                shift[n] = min(max(z, low), high)
-                inverse[n] = _ONE / s if s != _ZERO else _ZERO
-            _sums(t, hh, size, inverse, shift, lev, ll, lx, l1, low, high, None, None, None)
-            for n in range(LANES):
-                if ll[n] > _ZERO:
-                    fitted = lx[n] / ll[n]
-                    if fitted > _ZERO and fitted * lx[n] > gain[n]:
-                        gain[n] = fitted * lx[n]
-                        best[n] = fitted
-                        best_shift[n] = shift[n]
-        for n in range(min(LANES, b1 - first)):
-            out[first + n] = best[n]
-            out_shift[first + n] = best_shift[n]
+def relabel(codes, order, a, b):
+    """codes[i] = order[codes[i]] in place."""
+    for i in range(a, b):
+        codes[i] = order[codes[i]]
 
 
 @njit(**_OPTIONS)
-def search_shift(x, h, least, most, ratios, rounds, down, out, out_shift, b0, b1, low, high):
+def _side_by_side(x, size, h, first, end, t, th, origin):
+    """Blocks first..first+15, less their origin, as lanes of t; lanes beyond the end repeat the last block."""
+    for n in range(WIDTH):
+        b = min(first + n, end - 1)
+        for k0 in range(0, size, WIDTH):
+            at = _at(k0, size)
+            v = load(x, b * size + at)
+            if origin is not None:
+                v = v - splat(origin[b])
+            for i in range(WIDTH):
+                t[(at + i) * WIDTH + n] = lane(v, i)
+        if h is not None:
+            row = b * size % h.shape[0]
+            for k in range(size):
+                th[k * WIDTH + n] = h[row + k]
+
+
+@njit(**_OPTIONS)
+def _sums(t, h, th, size, inverse, shift, off, low, high, kind, ends, levels):
+    """(sum h q q, sum h q x, sum h q) with q = level(x * inverse + shift) - off, lane by lane."""
+    ll, lx, l1 = splat(_ZERO), splat(_ZERO), splat(_ZERO)
+    for k in range(size):
+        x = load(t, k * WIDTH)
+        q = _level(x * inverse + shift, low, high, kind, ends, levels) - off
+        hq = q if h is None else q * load(th, k * WIDTH)
+        ll = ll + hq * q
+        lx = lx + hq * x
+        l1 = l1 + hq
+    return ll, lx, l1
+
+
+@njit(**_OPTIONS)
+def _inverse(s):
+    """1 / s, and 0 where s is 0."""
+    zero, turned = splat(_ZERO), splat(_ONE) / s
+    return where_greater(s, zero, turned, where_greater(zero, s, turned, zero))
+
+
+@njit(**_OPTIONS)
+def search_scale(x, size, h, base, ratios, rounds, out, b0, b1, low, high, kind, ends, levels):
+    """Least-squares scale without shift: the best of base[i, block] * ratio, each refitted in closed form.
+
+    With the codes q of a candidate the best scale is lx / ll, and it explains lx^2 / ll of the sum of squares.
+    base: float32 [count, blocks rounded up to lanes]; out: float32 [the same].
+    """
+    t = np.empty(size * WIDTH, np.float32)
+    th = np.empty(size * WIDTH, np.float32)
+    none = splat(_ZERO)
+    for first in range(b0, b1, WIDTH):
+        _side_by_side(x, size, h, first, b1, t, th, None)
+        gain, best = splat(-_ONE), load(base[0], first)
+        for i in range(base.shape[0]):
+            start = load(base[i], first)
+            for c in range(ratios.shape[0]):
+                inverse = _inverse(start * splat(ratios[c]))
+                ll, lx, _ = _sums(t, h, th, size, inverse, none, none, low, high, kind, ends, levels)
+                fitted = lx / ll
+                best = where_greater(fitted * lx, gain, fitted, best)
+                gain = where_greater(fitted * lx, gain, fitted * lx, gain)
+        for _ in range(rounds):
+            ll, lx, _ = _sums(t, h, th, size, _inverse(best), none, none, low, high, kind, ends, levels)
+            fitted = lx / ll
+            best = where_greater(fitted * lx, gain, fitted, best)
+            gain = where_greater(fitted * lx, gain, fitted * lx, gain)
+        store(out, first, best)
+
+
+@njit(**_OPTIONS)
+def search_zero(x, size, h, least, most, ratios, near, rounds, out, out_zero, b0, b1, low, high):
+    """Least-squares scale with an integer zero point in low..high: ratios of the range times the neighbours of its zero point."""
+    t = np.empty(size * WIDTH, np.float32)
+    th = np.empty(size * WIDTH, np.float32)
+    nothing, bottom, top = splat(_ZERO), splat(low), splat(high)
+    for first in range(b0, b1, WIDTH):
+        _side_by_side(x, size, h, first, b1, t, th, None)
+        lo, hi = load(least, first), load(most, first)
+        gain, best, best_z = splat(-_ONE), (hi - lo) / splat(high - low), bottom
+        for c in range(ratios.shape[0] + rounds):
+            s, centre = best, best_z
+            if c < ratios.shape[0]:
+                span = (hi - lo) * splat(ratios[c])
+                s = span / splat(high - low)
+                centre = bottom - (hi + lo - span) * splat(_HALF) * _inverse(s)
+                centre = rint(lower(higher(centre, bottom), top))
+            inverse = _inverse(s)
+            for step in range(-near, near + 1):
+                z = lower(higher(centre + splat(np.float32(step)), bottom), top)
+                ll, lx, _ = _sums(t, h, th, size, inverse, z, z, low, high, None, None, None)
+                fitted = lx / ll
+                found = where_greater(fitted, nothing, fitted * lx, splat(-_ONE))
+                best = where_greater(found, gain, fitted, best)
+                best_z = where_greater(found, gain, z, best_z)
+                gain = where_greater(found, gain, found, gain)
+        store(out, first, best)
+        store(out_zero, first, best_z)
+
+
+@njit(**_OPTIONS)
+def search_shift(x, size, h, least, most, ratios, rounds, down, out, out_shift, b0, b1, low, high):
     """Least-squares scale and float shift v (x ~ q s + v): ratios of the range, each refitted in closed form.
 
     Sums are taken about the lowest value of each block, so that a large common offset costs no precision. `down` keeps v <= 0.
     """
-    size = x.shape[1]
-    t = np.empty((size, LANES), np.float32)
-    th = np.empty((size, LANES), np.float32)
-    lev = np.empty((TILE, LANES), np.float32)
-    ll, lx, l1, inverse, shift, gain, best, best_shift, h1, x1 = np.zeros((10, LANES), np.float32)
-    half = np.float32(0.5)
-    for first in range(b0, b1, LANES):
-        _load(x, h, first, b1, t, th, least)
-        hh = None if h is None else th
-        for n in range(LANES):
-            gain[n] = np.float32(-1.0)
-            h1[n] = _ZERO
-            x1[n] = _ZERO
+    t = np.empty(size * WIDTH, np.float32)
+    th = np.empty(size * WIDTH, np.float32)
+    nothing, none = splat(_ZERO), splat(-_ONE)
+    for first in range(b0, b1, WIDTH):
+        _side_by_side(x, size, h, first, b1, t, th, least)
+        origin, whole = load(least, first), load(most, first) - load(least, first)
+        h1, x1 = nothing, nothing
         for k in range(size):
-            for n in range(LANES):
-                weight = _ONE if h is None else th[k, n]
-                h1[n] += weight
-                x1[n] += weight * t[k, n]
+            weight = splat(_ONE) if h is None else load(th, k * WIDTH)
+            h1 = h1 + weight
+            x1 = x1 + weight * load(t, k * WIDTH)
+        gain, best, best_v = none, whole / splat(high - low), nothing
         for c in range(ratios.shape[0] + rounds):
-            for n in range(LANES):
-                b = min(first + n, b1 - 1)
-                if c < ratios.shape[0]:
-                    whole = most[b] - least[b]
-                    s = whole * ratios[c] / (high - low)
-                    v = (whole - whole * ratios[c]) * half - low * s
-                else:
-                    s, v = best[n], best_shift[n]
-                inverse[n] = _ONE / s if s > _ZERO else _ZERO
-                shift[n] = -v * inverse[n]
-            _sums_plain(t, hh, size, inverse, shift, lev, ll, lx, l1, low, high)
-            for n in range(LANES):
-                origin = least[min(first + n, b1 - 1)]
-                det = h1[n] * ll[n] - l1[n] * l1[n]
-                if det > np.float32(1e-6) * h1[n] * ll[n]:
-                    s = (h1[n] * lx[n] - l1[n] * x1[n]) / det
-                    v = (x1[n] - s * l1[n]) / h1[n]
-                    if down and v + origin > _ZERO:
-                        v = -origin
-                        s = (lx[n] - v * l1[n]) / ll[n]
-                    # what (s, v) explains of the sum of squares about the origin
-                    found = (
-                        s * (lx[n] + lx[n] - s * ll[n])
-                        + v * (x1[n] + x1[n] - v * h1[n])
-                        - np.float32(2.0) * s * v * l1[n]
-                    )
-                    if s > _ZERO and found > gain[n]:
-                        gain[n] = found
-                        best[n] = s
-                        best_shift[n] = v
-        for n in range(min(LANES, b1 - first)):
-            out[first + n] = best[n] if gain[n] >= _ZERO else _ZERO
-            out_shift[first + n] = best_shift[n] + least[first + n]
-
-
-@njit(**_OPTIONS)
-def _sums_plain(t, h, size, inverse, shift, lev, ll, lx, l1, low, high):
-    """As `_sums` for integers, but q keeps the shift: q = round(t * inverse + shift)."""
-    for n in range(LANES):
-        ll[n] = _ZERO
-        lx[n] = _ZERO
-        l1[n] = _ZERO
-    for k in range(size):
-        for n in range(LANES):
-            u = t[k, n] * inverse[n] + shift[n]
-            u = low if u < low else u
-            u = high if u > high else u
-            q = (u + _MAGIC) - _MAGIC
-            hq = q if h is None else q * h[k, n]
-            ll[n] += hq * q
-            lx[n] += hq * t[k, n]
-            l1[n] += hq
-
-
-@njit(**_OPTIONS)
-def errors(x, h, scale, zero, shift, out, b0, b1, low, high, kind, bounds, jumps):
-    """Weighted squared error of each block under stored parameters, exactly as `snap` and `dequantize` round."""
-    size = x.shape[1]
-    lev = np.empty(size, np.float32)
-    part = np.empty(LANES, np.float32)
-    for b in range(b0, b1):
-        s, z, v = scale[b], zero[b], shift[b]
-        _round_block(x, b, s, z, v, lev, low, high, kind, bounds, jumps)
-        for n in range(LANES):
-            part[n] = _ZERO
-        row = 0 if h is None else b % h.shape[0]
-        whole = size - size % LANES
-        for k in range(0, whole, LANES):
-            for n in range(LANES):
-                miss = ((lev[k + n] - z) * s + v) - widen(x[b, k + n])
-                part[n] += miss * miss if h is None else miss * miss * h[row, k + n]
-        for k in range(whole, size):
-            miss = ((lev[k] - z) * s + v) - widen(x[b, k])
-            part[k - whole] += miss * miss if h is None else miss * miss * h[row, k]
-        total = _ZERO
-        for n in range(LANES):
-            total += part[n]
-        out[b] = total
-
-
-@njit(**_OPTIONS)
-def _round_block(x, b, s, z, v, lev, low, high, kind, bounds, jumps):
-    """lev[k] = nearest level of (x[b, k] - v) / s + z, or of z where s is 0."""
-    size = x.shape[1]
-    safe = s if s != _ZERO else np.float32(np.inf)
-    if bounds is not None:
-        for k in range(size):
-            lev[k] = low
-        for j in range(bounds.shape[0]):
-            edge, jump = bounds[j], jumps[j]
-            for k in range(size):
-                lev[k] += jump if (widen(x[b, k]) - v) / safe + z > edge else _ZERO
-    else:
-        for k in range(size):
-            u = (widen(x[b, k]) - v) / safe + z
-            if kind is not None:
-                lev[k] = _float_level(u, high, kind)
-            else:
-                u = low if u < low else u
-                u = high if u > high else u
-                lev[k] = (u + _MAGIC) - _MAGIC
-
-
-@njit(**_OPTIONS)
-def snap_integer(x, scale, zero, shift, out, b0, b1, low, high):
-    """Integer codes: round((x - v) / s + z) to the nearest even, within low..high."""
-    size = x.shape[1]
-    for b in range(b0, b1):
-        z, v = zero[b], shift[b]
-        s = scale[b] if scale[b] != _ZERO else np.float32(np.inf)
-        for k in range(size):
-            u = (widen(x[b, k]) - v) / s + z
-            u = low if u < low else u
-            u = high if u > high else u
-            out[b, k] = np.int32((u + _MAGIC) - _MAGIC)
-
-
-@njit(**_OPTIONS)
-def snap_float(x, scale, zero, shift, out, b0, b1, high, kind, lowest, sign):
-    """Bit patterns of a signed float grid; lowest = exponent bits to take off, sign = the sign bit."""
-    size = x.shape[1]
-    bits_shift, normal, magic = kind
-    half = (np.int32(1) << (bits_shift - np.int32(1))) - np.int32(1)
-    for b in range(b0, b1):
-        z, v = zero[b], shift[b]
-        s = scale[b] if scale[b] != _ZERO else np.float32(np.inf)
-        for k in range(size):
-            u = (widen(x[b, k]) - v) / s + z
-            a = abs(u)
-            a = high if a > high else a
-            bits = bits_of(a)
-            code = ((bits + half + ((bits >> bits_shift) & np.int32(1))) >> bits_shift) - lowest
-            code = code if a >= normal else bits_of(a + magic) - bits_of(magic)
-            out[b, k] = code | (sign if bits_of(u) < np.int32(0) else np.int32(0))
-
-
-@njit(**_OPTIONS)
-def snap_table(x, scale, zero, shift, out, b0, b1, bounds, order):
-    """Codes of a table of at most 16 levels: how many interval ends lie below, then that level's code."""
-    size = x.shape[1]
-    count = np.empty(size, np.uint8)
-    u = np.empty(size, np.float32)
-    for b in range(b0, b1):
-        z, v = zero[b], shift[b]
-        s = scale[b] if scale[b] != _ZERO else np.float32(np.inf)
-        for k in range(size):
-            u[k] = (widen(x[b, k]) - v) / s + z
-            count[k] = np.uint8(0)
-        for j in range(bounds.shape[0]):
-            edge = bounds[j]
-            for k in range(size):
-                count[k] += np.uint8(1) if u[k] > edge else np.uint8(0)
-        for k in range(size):
-            out[b, k] = order[count[k]]
+            s, v = best, best_v
+            if c < ratios.shape[0]:
+                s = whole * splat(ratios[c] / (high - low))
+                v = whole * splat((_ONE - ratios[c]) * _HALF) - splat(low) * s
+            inverse = _inverse(s)
+            ll, lx, l1 = _sums(t, h, th, size, inverse, nothing - v * inverse, nothing, low, high, None, None, None)
+            det = h1 * ll - l1 * l1
+            s = (h1 * lx - l1 * x1) / det
+            v = (x1 - s * l1) / h1
+            if down:
+                held = nothing - origin
+                s = where_greater(v, held, (lx - held * l1) / ll, s)
+                v = where_greater(v, held, held, v)
+            # what (s, v) explains of the sum of squares about the origin
+            found = s * (lx + lx - s * ll) + v * (x1 + x1 - v * h1) - splat(_TWO) * s * v * l1
+            found = where_greater(det, splat(np.float32(1e-6)) * h1 * ll, where_greater(s, nothing, found, none), none)
+            best = where_greater(found, gain, s, best)
+            best_v = where_greater(found, gain, v, best_v)
+            gain = where_greater(found, gain, found, gain)
+        store(out, first, best)
+        store(out_shift, first, best_v + origin)
