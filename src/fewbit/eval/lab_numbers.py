@@ -39,7 +39,7 @@ class FormatFacts:
         bits: stored bits a value.
         fields: name -> bits, from the highest bit down (floats).
         low, high: least and greatest finite value.
-        smallest, smallest_normal: least positive values, subnormals in and out (floats; for the others the least positive value).
+        smallest, smallest_normal: least magnitudes above zero, subnormals in and out (floats only).
         epsilon: distance from 1 to the next value above it; None where 1 is no value of the grid.
         count: finite values, zero once.
         digits: decimal digits that survive.
@@ -78,7 +78,7 @@ def format_facts(name: str) -> FormatFacts:
     if isinstance(grid, VectorGrid):
         return _vector_facts(grid)
     values = tuple(float(value) for value in np.unique(grid.levels()) + 0.0)
-    smallest = min(value for value in values if value > 0)
+    smallest = min(abs(value) for value in values if value)
     above = [value for value in values if value > 1]
     epsilon = above[0] - 1 if 1.0 in values and above else None
     kind = "integer" if isinstance(grid, IntGrid) else "codebook"

@@ -25,7 +25,7 @@ def format_page(facts: Sequence[FormatFacts], spacings: Mapping[str, Mapping[flo
         ("exponent bias", *("-" if f.bias is None else f"{f.bias}" for f in facts)),
         ("largest", *(number(f.high) for f in facts)),
         ("smallest", *(number(f.low) for f in facts)),
-        ("least positive", *(number(f.smallest, 4) for f in facts)),
+        ("least above zero", *(number(f.smallest, 4) for f in facts)),
         ("least normal", *(number(f.smallest_normal, 4) for f in facts)),
         ("epsilon (1 to the next)", *("-" if f.epsilon is None else f"{f.epsilon:.2e}" for f in facts)),
         ("decimal digits", *("-" if f.digits is None else f"{f.digits:.1f}" for f in facts)),
