@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,19 +14,43 @@ from fewbit.cli.output import print_json
 def command(
     candidates: Annotated[list[str], typer.Argument(help="checkpoints of any format")],
     base: Annotated[str, typer.Option(help="the model that they shall equal")],
-    text: Annotated[str, typer.Option(help="text file, jsonl, parquet, `default`, or dataset name")] = "default",
+    text: Annotated[
+        str, typer.Option(help="text file, jsonl, parquet, `default` (bundled, held out), or dataset `name#split`")
+    ] = "default",
     tokens: Annotated[int | None, typer.Option(min=1, help="tokens to use at most")] = None,
     length: Annotated[int, typer.Option(min=2, help="window length, tokens")] = 512,
-    max_kl: Annotated[float | None, typer.Option(help="exit with status 4 when a candidate's mean KL exceeds this")] = None,
+    skip: Annotated[
+        int,
+        typer.Option(
+            min=0, help="positions at each window's start that are not scored; half the length is llama.cpp's way"
+        ),
+    ] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="put documents into the chat template; score the assistant's part")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    ram: Annotated[str | None, typer.Option(help="limit of resident memory, e.g. 8GB")] = None,
+    cache: Annotated[
+        str, typer.Option(help="auto, off, or a folder: keep the base's distributions for the next time")
+    ] = "auto",
+    noise: Annotated[bool, typer.Option(help="compare the base with itself in bfloat16 too")] = True,
+    max_kl: Annotated[
+        float | None, typer.Option(help="exit with status 4 when a candidate's mean KL exceeds this")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout, logs on stderr")] = False,
 ) -> None:
     """Perplexity, KL divergence and flips of candidates against a base, on identical tokens, with standard errors."""
     from fewbit.base.errors import QualityError
-    from fewbit.eval.fidelity import evaluate, records
-    from fewbit.report.text import scores_page
+    from fewbit.eval.cache import default_folder
+    from fewbit.eval.fidelity import Options, study
+    from fewbit.plan.recipe import parse_size
+    from fewbit.report.scores import study_page
 
-    scores = evaluate(candidates, base, text=text, tokens=tokens, length=length, on_progress=lambda line: print(line, file=sys.stderr))
-    print_json("fewbit.eval/1", {"base": base, "text": text, "scores": records(scores)}) if json else print(scores_page(base, text, scores))
-    for score in scores:
+    folder = {"auto": default_folder(), "off": None}.get(cache, Path(cache))
+    options = Options(text, tokens, length, skip, chat, device, parse_size(ram) if ram else None, folder, noise)
+    made = study(candidates, base, options, lambda line: print(line, file=sys.stderr))
+    record = made.record()
+    print_json("fewbit.eval/1", record) if json else print(study_page(record))
+    for score in made.scores:
         if max_kl is not None and score.measures["kl"][0] > max_kl:
             raise QualityError("FB-E0803", f"mean KL {score.measures['kl'][0]:.5f} exceeds {max_kl}", file=score.name)

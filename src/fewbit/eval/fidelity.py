@@ -1,234 +1,312 @@
-"""Fidelity of quantised checkpoints: perplexity, KL divergence and flips against a base, on identical tokens, with standard errors.
+"""`fewbit eval`: candidates against a base on identical tokens.
 
-For each token position the base's and the candidate's next-token distributions p and q are compared:
+The base runs once (or not at all, when its cache is there), each candidate once; one model's blocks are in memory at a time.
 
-    nll      -log q(correct)                       perplexity = exp(mean)
-    kl       sum p (log p - log q), in nats        the loss of information that quantisation caused
-    delta p  q(correct) - p(correct)               its root mean square and percentiles are llama.cpp's measures
-    top1     whether both put the same token first; top5: share of the base's five best among the candidate's five best
-
-Windows of one document are not independent, so standard errors are those of cluster means: clusters are documents where the text has
-several, else windows.
+    windows ─> base: hidden states ──────────────┐ its head
+                                                 ├─> measures per position ─> Score with clustered standard errors
+               candidate: hidden states ─────────┘ its head
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from fewbit.base.errors import InputError
-from fewbit.eval.stream import Runner
+from fewbit.eval.cache import BaseCache, build, cache_key
+from fewbit.eval.gguf_view import GgufView, open_candidate
+from fewbit.eval.measures import PerToken, Rounding, Score, compare, summarise
+from fewbit.eval.provenance import about
+from fewbit.eval.stream import Room, Runner, States, peak_bytes, rows_of
+from fewbit.eval.windows import Windows, windows
 from fewbit.run.acts import ActStore
-from fewbit.run.calib import Tokens, read_documents
-from fewbit.run.source import open_source
+from fewbit.run.source import Source, open_source
 
-QUANTILES = (0.5, 0.9, 0.99, 0.999)
+NOISE_TOKENS = 4096
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Evaluation tokens: int64 [windows, length], and the cluster (document) of each window."""
+class Options:
+    """What an evaluation is made of.
 
-    tokens: torch.Tensor
-    clusters: torch.Tensor
+    Attributes:
+        text: file, `default` (bundled, held out from calibration), or dataset name; see `windows`.
+        tokens: how many to use at most; length: of a window; skip: positions at a window's start that are not scored.
+        chat: put plain documents into the chat template.
+        device: "cpu", "cuda" …; ram: limit of resident memory, bytes.
+        cache: folder of base caches, or None to compute the base exactly and keep nothing.
+        noise: also compare the base with itself computed in bfloat16 and one window at a time, on some of the tokens.
+    """
+
+    text: str = "default"
+    tokens: int | None = None
+    length: int = 512
+    skip: int = 0
+    chat: bool = False
+    device: str = "cpu"
+    ram: int | None = None
+    cache: Path | None = None
+    noise: bool = False
 
 
 @dataclass
-class PerToken:
-    """Measures of every scored position, float64 [positions], in window order."""
-
-    base_nll: list[torch.Tensor] = field(default_factory=list)
-    nll: list[torch.Tensor] = field(default_factory=list)
-    kl: list[torch.Tensor] = field(default_factory=list)
-    delta_p: list[torch.Tensor] = field(default_factory=list)
-    top1: list[torch.Tensor] = field(default_factory=list)
-    top5: list[torch.Tensor] = field(default_factory=list)
-    cluster: list[torch.Tensor] = field(default_factory=list)
-
-    def joined(self) -> dict[str, torch.Tensor]:
-        return {name: torch.cat(parts) for name, parts in vars(self).items()}
-
-
-@dataclass(frozen=True)
-class Score:
-    """Fidelity of one candidate; each measure is (value, standard error).
+class Study:
+    """An evaluation as a whole: what was compared on which tokens, and how it came out.
 
     Attributes:
-        name: path of the candidate.
-        tokens: positions scored.
-        measures: perplexity, base_perplexity, perplexity_ratio, kl, top1, top5, rms_delta_p.
-        kl_quantiles: quantile -> KL; the maximum under 1.0.
-        nbytes, bits_per_weight: of the candidate's weights.
+        scores: one for each candidate (two with an engine); noise: the base against itself.
+        per_token: the measures of single positions, in the order of `scores`.
+        extras: further parts by name (layers, tokens, tasks, generation …), plain data.
+        resources: predicted and measured memory, forward passes, the cache's size.
     """
 
-    name: str
-    tokens: int
-    measures: dict[str, tuple[float, float]]
-    kl_quantiles: dict[float, float]
-    nbytes: int
-    bits_per_weight: float
+    base: str
+    options: Options
+    windows: Windows
+    scores: list[Score] = field(default_factory=list)
+    noise: list[Score] = field(default_factory=list)
+    per_token: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
+    resources: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        """The study as plain data: what report.json holds."""
+        text = {
+            "source": self.options.text,
+            "digest": self.windows.digest,
+            "windows": self.windows.tokens.shape[0],
+            "length": self.options.length,
+            "skip": self.options.skip,
+            "chat": self.options.chat,
+            "scored": int(self.windows.scored.sum()),
+        }
+        return {
+            "base": {"name": self.base, **self.facts},
+            "text": text,
+            "warnings": self.warnings,
+            "scores": [score.record() for score in self.scores],
+            "noise_floor": [score.record() for score in self.noise],
+            "resources": self.resources,
+            **self.extras,
+        }
 
 
-def windows(text: str, root: Path, length: int, limit: int | None, vocab: int) -> Windows:
-    """Consecutive, non-overlapping windows of a text (see `run.calib.read_documents`) under the base's tokenizer."""
-    tokenizer = Tokens(root)
-    rows: list[list[int]] = []
-    clusters: list[int] = []
-    documents = read_documents(text)
-    wanted = None if limit is None else -(-limit // length)
-    stream: list[int] = []
-    for index, document in enumerate(documents):
-        ids = tokenizer.ids(document)
-        stream = ids if document.domain or document.messages or len(documents) == 1 else stream + ids
-        while len(stream) >= length and (wanted is None or len(rows) < wanted):
-            rows.append(stream[:length])
-            clusters.append(index)
-            stream = stream[length:]
-    if not rows:
-        raise InputError("FB-E0801", f"the text gives no window of {length} tokens", file=text)
-    tokens = torch.tensor(rows, dtype=torch.int64)
-    if int(tokens.max()) >= vocab:
-        raise InputError("FB-E0732", f"token id {int(tokens.max())} exceeds the embedding's {vocab} rows", file=root)
-    several = len(set(clusters)) > 5
-    return Windows(tokens, torch.tensor(clusters) if several else torch.arange(len(rows)))
+class Reference:
+    """The base on the chosen windows: logits of any position, from memory or from the cache."""
+
+    def __init__(self, source: Source, options: Options, say: Say) -> None:
+        self.room = Room(options.ram)
+        self.runner = Runner(source, device=options.device, room=self.room)
+        self.windows = windows(
+            options.text, source.root, options.length, options.tokens, self.runner.vocab,
+            skip=options.skip, chat=options.chat, most=self.runner.context,
+        )  # fmt: skip
+        self.options, self.source, self._say = options, source, say
+        self.cached: BaseCache | None = None
+        self.reused = False
+        self._hidden: ActStore | None = None
+
+    def run(self) -> None:
+        """Computes the base, or finds it in the cache."""
+        tokens = self.windows.tokens
+        if self.options.cache is None:
+            self._say(f"base: {tokens.numel():,} tokens")
+            self._hidden = self.runner.hidden(tokens, _blocks(self._say))
+            return
+        settings = {"dtype": str(self.runner.model.dtype), "device": self.options.device.partition(":")[0]}
+        path = self.options.cache / f"{cache_key(self.source.fingerprint(), self.windows, settings)}.safetensors"
+        self.cached = BaseCache.load(path)
+        self.reused = self.cached is not None
+        if self.cached is None:
+            self._say(f"base: {tokens.numel():,} tokens")
+            facts = {"model": str(self.source.root), "text": self.windows.source, **settings}
+            self.cached = build(self.runner, self.windows, facts, _blocks(self._say))
+            self.cached.save(path)
+        else:
+            self._say(f"base: from the cache, {path}")
+
+    def rows(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, Rounding | None, torch.Tensor | None]]:
+        """(window, positions, logits [rows, vocab], how exact they are, exact loss of the right token) over all scored positions."""
+        at = 0
+        states = States(self._hidden) if self._hidden is not None else None
+        for window, positions in rows_of(self.windows.tokens, self.windows.scored, self.room.rows(self.runner.vocab)):
+            exactness, nll = None, None
+            if states is not None:
+                hidden = states(window, positions)
+            else:
+                assert self.cached is not None, "run() comes first"
+                hidden, exactness = self.cached.rows(at, at + positions.numel())
+                nll = self.cached.nll[at : at + positions.numel()]
+            at += positions.numel()
+            shown = self.windows.tokens[window, positions].unsqueeze(0)
+            yield window, positions, self.runner.logits(shown, hidden.unsqueeze(0)), exactness, nll
+
+    def close(self) -> None:
+        if self._hidden is not None:
+            self._hidden.close()
 
 
-def evaluate(
-    candidates: Sequence[str | Path],
-    base: str | Path,
-    *,
-    text: str = "default",
-    tokens: int | None = None,
-    length: int = 512,
-    device: str = "cpu",
-    on_progress: Callable[[str], None] | None = None,
-) -> list[Score]:
-    """Scores candidates against a base on identical tokens. The base runs once; one model is in memory at a time.
+Logits = Callable[[int, torch.Tensor], torch.Tensor]
+"""(window, positions) -> float32 logits [positions, vocab] of a candidate, called in order."""
 
-    Args:
-        candidates, base: paths or hub ids, of any format we read.
-        text: file, `default`, or dataset name.
-        tokens: how many to use at most (rounded up to whole windows).
-        length: window length.
-        on_progress: told what is being done.
+
+def measure(reference: Reference, candidates: Sequence[Logits], name: str) -> list[dict[str, torch.Tensor]]:
+    """Measures of every position, for each of some candidates in one walk over the base.
 
     Raises:
-        InputError: FB-E0801 for a text too short; FB-E0802 when a candidate has another vocabulary.
+        InputError: FB-E0802 when a candidate has another vocabulary; FB-E0806 when its logits are not finite.
     """
-    say = on_progress or (lambda _line: None)
-    with open_source(base) as base_source:
-        say(f"base {base}")
-        reference = Runner(base_source, device=device)
-        vocab = reference.model.module.get_input_embeddings().weight.shape[0]
-        chosen = windows(text, base_source.root, length, tokens, vocab)
-        base_hidden = reference.hidden(chosen.tokens)
-        scores = []
-        for candidate in candidates:
-            say(f"candidate {candidate}")
-            scores.append(_score(str(candidate), reference, base_hidden, chosen, device))
-    return scores
+    chosen = reference.windows
+    found = [PerToken() for _ in candidates]
+    for window, positions, p_logits, exactness, nll in reference.rows():
+        target = chosen.tokens[window, positions + 1]
+        for into, logits in zip(found, candidates, strict=True):
+            q_logits = logits(window, positions)
+            if p_logits.shape[-1] != q_logits.shape[-1]:
+                what = f"the candidate gives {q_logits.shape[-1]} logits, the base {p_logits.shape[-1]}"
+                raise InputError("FB-E0802", what, file=name)
+            if not bool(torch.isfinite(q_logits).all()):
+                raise InputError("FB-E0806", "the candidate's logits hold NaN or infinity", file=name)
+            parts = compare(p_logits, q_logits, target, exactness)
+            if nll is not None:
+                parts["base_nll"] = nll.double()
+            count = torch.ones_like(positions)
+            into.add(**parts, window=count * window, position=positions, cluster=count * chosen.clusters[window])
+    return [part.joined() for part in found]
 
 
-def _score(candidate: str, reference: Runner, base_hidden: ActStore, chosen: Windows, device: str) -> Score:
-    with open_source(candidate) as source:
-        runner = Runner(source, device=device)
-        hidden = runner.hidden(chosen.tokens)
-        per_token = PerToken()
-        pairs = zip(reference.logits(chosen.tokens, base_hidden), runner.logits(chosen.tokens, hidden), strict=True)
-        for (start, stop, p_logits), (_, _, q_logits) in pairs:
-            if p_logits.shape != q_logits.shape:
-                raise InputError("FB-E0802", f"the candidate gives {q_logits.shape[-1]} logits, the base {p_logits.shape[-1]}", file=candidate)
-            compare_batch(per_token, chosen.tokens[start:stop], chosen.clusters[start:stop], p_logits, q_logits)
-        info = source.checkpoint.manifest
-        return summarise(candidate, per_token.joined(), info.nbytes, 8 * info.nbytes / max(1, source.manifest.numel))
-
-
-def compare_batch(into: PerToken, tokens: torch.Tensor, clusters: torch.Tensor, p_logits: torch.Tensor, q_logits: torch.Tensor) -> None:
-    """Adds the measures of a batch: tokens [windows, length], logits [windows, length, vocab]; the last position predicts nothing."""
-    targets = tokens[:, 1:].reshape(-1, 1).to(p_logits.device)
-    for begin in range(0, targets.shape[0], 2048):
-        rows = slice(begin, begin + 2048)
-        log_p = torch.log_softmax(_scored(p_logits)[rows].double(), -1)
-        log_q = torch.log_softmax(_scored(q_logits)[rows].double(), -1)
-        right = targets[rows]
-        p_right, q_right = log_p.gather(-1, right)[:, 0], log_q.gather(-1, right)[:, 0]
-        into.base_nll.append(-p_right)
-        into.nll.append(-q_right)
-        into.kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
-        into.delta_p.append(q_right.exp() - p_right.exp())
-        best_p, best_q = log_p.topk(min(5, log_p.shape[-1]), -1).indices, log_q.topk(min(5, log_q.shape[-1]), -1).indices
-        into.top1.append((best_p[:, 0] == best_q[:, 0]).double())
-        into.top5.append((best_p.unsqueeze(-1) == best_q.unsqueeze(-2)).any(-1).double().mean(-1))
-    into.cluster.append(clusters.repeat_interleave(tokens.shape[1] - 1))
-
-
-def _scored(logits: torch.Tensor) -> torch.Tensor:
-    return logits[:, :-1].reshape(-1, logits.shape[-1])
-
-
-def clustered(values: torch.Tensor, clusters: torch.Tensor) -> tuple[float, float]:
-    """Mean over positions and its cluster-robust standard error (linearised ratio of cluster totals)."""
-    _, index = clusters.unique(return_inverse=True)
-    groups = int(index.max()) + 1
-    mean = float(values.mean())
-    if groups < 2:
-        return mean, float(values.std(correction=1) / math.sqrt(values.numel())) if values.numel() > 1 else math.inf
-    totals = torch.zeros(groups, dtype=torch.float64).index_add_(0, index, values.double() - mean)
-    return mean, float((totals.square().sum() * groups / (groups - 1)).sqrt() / values.numel())
-
-
-def summarise(name: str, measures: dict[str, torch.Tensor], nbytes: int, bits_per_weight: float) -> Score:
-    """All measures with standard errors from the measures of single positions."""
-    cluster = measures["cluster"]
-
-    def mean(values: torch.Tensor) -> tuple[float, float]:
-        return clustered(values, cluster)
-
-    def exponential(values: torch.Tensor) -> tuple[float, float]:
-        centre, error = mean(values)
-        return math.exp(centre), math.exp(centre) * error
-
-    square, square_error = mean(measures["delta_p"].square())
-    rms = math.sqrt(square)
-    kl = measures["kl"]
-    return Score(
-        name=name,
-        tokens=int(kl.numel()),
-        measures={
-            "perplexity": exponential(measures["nll"]),
-            "base_perplexity": exponential(measures["base_nll"]),
-            "perplexity_ratio": exponential(measures["nll"] - measures["base_nll"]),
-            "kl": mean(kl),
-            "top1": mean(measures["top1"]),
-            "top5": mean(measures["top5"]),
-            "rms_delta_p": (rms, square_error / (2 * rms) if rms else 0.0),
-        },
-        kl_quantiles={**{q: float(_quantile(kl, q)) for q in QUANTILES}, 1.0: float(kl.max())},
-        nbytes=nbytes,
-        bits_per_weight=bits_per_weight,
+def stored_logits(runner: Runner, tokens: torch.Tensor, hidden: ActStore) -> Logits:
+    """Logits of a candidate whose hidden states are at hand."""
+    states = States(hidden)
+    return lambda window, positions: runner.logits(
+        tokens[window, positions].unsqueeze(0), states(window, positions).unsqueeze(0)
     )
 
 
-def _quantile(values: torch.Tensor, q: float) -> torch.Tensor:
-    ordered = values.sort().values
-    return ordered[min(ordered.numel() - 1, int(q * ordered.numel()))]
+def study(
+    candidates: Sequence[str | Path], base: str | Path, options: Options, say: Say | None = None, engine: Any = None
+) -> Study:
+    """Compares candidates with a base.
 
+    Args:
+        candidates, base: paths or hub ids, of any format we read.
+        options: tokens, memory, cache.
+        say: told what is being done.
+        engine: an `engines.Engine`; candidates run through it too.
 
-def records(scores: Iterable[Score]) -> list[dict[str, Any]]:
-    """Scores as plain data for `--json`."""
-    return [
-        {
-            "name": score.name,
-            "tokens": score.tokens,
-            "bytes": score.nbytes,
-            "bits_per_weight": score.bits_per_weight,
-            **{name: {"value": value, "stderr": error} for name, (value, error) in score.measures.items()},
-            "kl_quantiles": {str(q): value for q, value in score.kl_quantiles.items()},
+    Raises:
+        InputError: FB-E0801 for a text too short; FB-E0802 when a candidate has another vocabulary; FB-E0805 for a GGUF of another model.
+    """
+    tell = say or (lambda _line: None)
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(open_source(base))
+        opened = [stack.enter_context(open_candidate(path, source)) for path in candidates]
+        reference = Reference(source, options, tell)
+        stack.callback(reference.close)
+        made = Study(
+            str(base), options, reference.windows, facts=about(source), warnings=list(reference.windows.warnings)
+        )
+        before = psutil.Process().memory_info().rss
+        predicted = peak_bytes(source, reference.runner, reference.windows.tokens, len(opened))
+        reference.run()
+        passes = reference.runner.passes
+        for path, candidate in zip(candidates, opened, strict=True):
+            passes += _score(made, reference, str(path), candidate, engine, tell)
+        if options.noise:
+            made.noise = noise_floor(source, reference, options, tell)
+        cached = reference.cached
+        made.resources = {
+            "predicted_peak_bytes": before + predicted,
+            "peak_bytes": _peak_rss(),
+            "forward_passes": passes,
+            "base_from_cache": reference.reused,
+            "cache_bytes": cached.nbytes if cached else 0,
+            "full_logits_bytes": 4 * reference.runner.vocab * int(reference.windows.scored.sum()),
         }
-        for score in scores
-    ]
+    return made
+
+
+def _peak_rss() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _blocks(say: Say) -> Callable[[int, int], None]:
+    return lambda done, total: (
+        say(f"  block {done} of {total}") if done == total or done % max(1, total // 4) == 0 else None
+    )
+
+
+def _score(into: Study, reference: Reference, path: str, source: Source | GgufView, engine: Any, say: Say) -> int:
+    """Adds a candidate's score, and its engine's; returns the passes it took."""
+    say(f"candidate {path}")
+    runner = Runner(source, device=reference.options.device, room=reference.room)  # type: ignore[arg-type]
+    runner.share_with(reference.runner)
+    hidden = runner.hidden(into.windows.tokens, _blocks(say))
+    info = source.checkpoint.manifest
+    sizes = {
+        "nbytes": info.nbytes,
+        "bits_per_weight": 8 * info.nbytes / max(1, source.manifest.numel),
+        "facts": about(source),
+    }
+    try:
+        ways = [stored_logits(runner, into.windows.tokens, hidden)]
+        with contextlib.ExitStack() as stack:
+            if engine is not None:
+                ways.append(stack.enter_context(engine.open(path, into.windows.tokens)))
+            found = measure(reference, ways, path)
+    finally:
+        hidden.close()
+    for measures, way in zip(found, ("reference", getattr(engine, "name", "")), strict=False):
+        into.scores.append(summarise(path, measures, path=way, **sizes))
+        into.per_token.append(measures)
+    return runner.passes
+
+
+def noise_floor(source: Source, reference: Reference, options: Options, say: Say) -> list[Score]:
+    """The base against itself, computed in another way, on some of the tokens: differences below these mean nothing."""
+    few = max(1, NOISE_TOKENS // reference.windows.tokens.shape[1])
+    exact = Reference.__new__(Reference)
+    exact.__dict__.update(vars(reference))
+    exact.windows, exact.cached, exact._hidden = reference.windows.head(few), None, None
+    tokens = exact.windows.tokens
+    exact._hidden = exact.runner.hidden(tokens)
+    scores = []
+    try:
+        for name, dtype, room in (
+            ("base in bfloat16", torch.bfloat16, reference.room),
+            ("base, one window at a time", torch.float32, Room(ram=1, scratch=reference.room.scratch)),
+        ):
+            say(f"noise floor: {name}")
+            runner = Runner(source, dtype=dtype, device=options.device, room=room)
+            hidden = runner.hidden(tokens)
+            try:
+                scores.append(summarise(name, measure(exact, [stored_logits(runner, tokens, hidden)], name)[0]))
+            finally:
+                hidden.close()
+    finally:
+        exact.close()
+    return scores
+
+
+def evaluate(
+    candidates: Sequence[str | Path], base: str | Path, *, on_progress: Say | None = None, **options: Any
+) -> list[Score]:
+    """Scores of candidates against a base; arguments as the fields of `Options`. See `study`."""
+    return study(candidates, base, Options(**options), on_progress).scores
+
+
+def records(scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """Scores as plain data for `--json`."""
+    return [score.record() for score in scores]

@@ -1,25 +1,75 @@
 """Running a checkpoint of any format on tokens, block by block, through one reference path.
 
 Weights are decoded; activations are quantised where the stored scheme says so. What is kept of a model is its last hidden states, [tokens,
-width]: logits are made from them a batch at a time by the model's own head. So two models are never resident together, and the
-logits of neither ever exist as a whole.
+width]: logits are made from them some rows at a time by the model's own head. So two models are never resident together, and the
+logits of neither ever exist as a whole. The largest things alive at once are stated by `peak_bytes`:
+
+    while a block runs   both trunks (embeddings and head, shared where equal) + one block, read and decoded + hidden states of both models
+                         (in files when they exceed their share of the budget) + what one batch computes
+    while logits last    both trunks + hidden states + the rows of logits in hand, in float64, some six times over
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
+from fewbit.base.manifest import Manifest
 from fewbit.math.scales import Search, quantize
 from fewbit.num.scheme import Scheme
 from fewbit.run.acts import ActStore
 from fewbit.run.hf import BlockModel, Params
 from fewbit.run.observe import Observer, Use
-from fewbit.run.source import Source
 
 BATCH_TOKENS = 4096
+SPILL_SHARE = 0.25  # of the budget that hidden states may take before they go to a file
+LOGIT_COPIES = 104  # bytes per logit while two models are compared: float32 and float64 copies, measured
+ROW_BYTES = 192 << 20  # of logits in hand, where no budget is smaller
+
+
+class FloatSource(Protocol):
+    """What a model is read from: `run.source.Source`, or a view that bears the same names."""
+
+    config: dict[str, Any]
+    manifest: Manifest
+    stored: dict[str, Any]
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory and place for an evaluation.
+
+    Attributes:
+        ram: limit of resident memory, bytes; None for no limit.
+        scratch: folder for spilled hidden states; None for the system's temporary folder.
+    """
+
+    ram: int | None = None
+    scratch: Path | None = None
+
+    def spill(self, nbytes: int) -> Path | None:
+        """A file for hidden states that would take too much of the budget, else None."""
+        if self.ram is None or nbytes <= SPILL_SHARE * self.ram:
+            return None
+        with tempfile.NamedTemporaryFile(prefix="fewbit-hidden-", dir=self.scratch, delete=False) as made:
+            return Path(made.name)
+
+    def rows(self, vocab: int) -> int:
+        """Positions whose logits may be in hand at once."""
+        room = ROW_BYTES if self.ram is None else min(ROW_BYTES, self.ram // 8)
+        return max(1, room // (LOGIT_COPIES * vocab))
+
+    def batch(self, length: int, width: int) -> int:
+        """Windows per batch of a block pass."""
+        few = BATCH_TOKENS if self.ram is None else min(BATCH_TOKENS, self.ram // 8 // (64 * width))
+        return max(1, few // length)
 
 
 class Runner:
@@ -27,55 +77,90 @@ class Runner:
 
     Attributes:
         model: its blocks. source: where the weights come from.
+        passes: full passes over all blocks so far.
     """
 
-    def __init__(self, source: Source, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    def __init__(
+        self, source: FloatSource, dtype: torch.dtype = torch.float32, device: str = "cpu", room: Room | None = None
+    ) -> None:
         self.source = source
         self.model = BlockModel(source.config, source.manifest, dtype=dtype, device=device)
+        self.room = room or Room()
+        self.passes = 0
         self._trunk: Params | None = None
+        self._like: Params = {}
+
+    @property
+    def vocab(self) -> int:
+        return int(self.model.module.get_input_embeddings().weight.shape[0])
+
+    @property
+    def width(self) -> int:
+        return int(self.model.module.get_input_embeddings().weight.shape[1])
+
+    @property
+    def context(self) -> int | None:
+        """The longest context of the model, where its config says so."""
+        return getattr(self.model.module.config, "max_position_embeddings", None)
+
+    def share_with(self, other: Runner) -> None:
+        """Tensors outside the blocks that equal another runner's are kept in memory once."""
+        self._like = other.trunk
 
     @property
     def trunk(self) -> Params:
         """Embeddings, final norm and head; read on first use."""
         if self._trunk is None:
-            self._trunk = self.model.load_trunk(self.source.read)
+            read = self.model.load_trunk(self.source.read)
+            for name, value in read.items():
+                like = self._like.get(name)
+                if like is not None and like.dtype == value.dtype and torch.equal(like, value):
+                    read[name] = like
+            self._trunk, self._like = read, {}
         return self._trunk
 
-    def hidden(self, tokens: torch.Tensor, spill: Path | None = None, on_block: Callable[[int, int], None] | None = None) -> ActStore:
-        """Hidden states after the last block for all windows.
+    def hidden(self, tokens: torch.Tensor, on_block: Callable[[int, int], None] | None = None) -> ActStore:
+        """Hidden states after the last block for all windows, int64 [windows, length] -> [windows, length, width]."""
+        store, kwargs = self.enter(tokens)
+        for index in range(len(self.model)):
+            self.pass_block(index, store, kwargs[index])
+            if on_block:
+                on_block(index + 1, len(self.model))
+        self.passes += 1
+        return store
 
-        Args:
-            tokens: int64 [windows, length].
-            spill: file to keep them in instead of memory.
-            on_block: called with (blocks done, blocks).
-        """
-        batch = max(1, BATCH_TOKENS // tokens.shape[1])
+    def enter(self, tokens: torch.Tensor) -> tuple[ActStore, list[dict[str, Any]]]:
+        """Hidden states before the first block, and every block's arguments."""
+        batch = self.room.batch(tokens.shape[1], self.width)
+        store: ActStore | None = None
+        kwargs: list[dict[str, Any]] = []
         with torch.no_grad():
-            store: ActStore | None = None
-            kwargs = None
             for start in range(0, tokens.shape[0], batch):
                 entry = self.model.enter(self.trunk, tokens[start : start + batch])
                 if store is None:
-                    shape = (tokens.shape[0], tokens.shape[1], entry.hidden.shape[-1])
-                    store, kwargs = ActStore(shape, self.model.dtype, batch, spill), entry.kwargs
+                    kwargs, store = entry.kwargs, self.store(tokens, int(entry.hidden.shape[-1]), batch)
                 store.put(start // batch, entry.hidden)
-            assert store is not None and kwargs is not None
-            for index in range(len(self.model)):
-                self._pass_block(index, store, kwargs[index])
-                if on_block:
-                    on_block(index + 1, len(self.model))
-        return store
+        assert store is not None, "no windows"
+        return store, kwargs
 
-    def _pass_block(self, index: int, store: ActStore, kwargs: dict) -> None:
-        params = self.model.load_block(index, self.source.read)
+    def store(self, tokens: torch.Tensor, width: int, batch: int) -> ActStore:
+        """An empty store for the hidden states of some windows, in a file where memory is short."""
+        shape = (tokens.shape[0], tokens.shape[1], width)
+        return ActStore(
+            shape, self.model.dtype, batch, self.room.spill(tokens.numel() * width * self.model.dtype.itemsize)
+        )
+
+    def pass_block(self, index: int, store: ActStore, kwargs: dict[str, Any], params: Params | None = None) -> None:
+        """Takes hidden states through one block, in place."""
+        params = params if params is not None else self.model.load_block(index, self.source.read)
         whole = min(store.batch, store.shape[0])
-        with ActivationQuantiser(self._activation_schemes(index), params):
+        with torch.no_grad(), ActivationQuantiser(self.activation_schemes(index), params):
             for batch in range(len(store)):
                 hidden = store.get(batch).to(self.model.device)
                 arguments = self.model.arguments(kwargs, whole, hidden.shape[0])
                 store.put(batch, self.model.run_block(index, params, hidden, arguments))
 
-    def _activation_schemes(self, index: int) -> dict[str, Scheme]:
+    def activation_schemes(self, index: int) -> dict[str, Scheme]:
         """Parameters of a block whose inputs are quantised at run time, with the scheme of the inputs."""
         found = {}
         for slot in self.model.block_slots(index):
@@ -84,13 +169,28 @@ class Runner:
                 found[self.model.local(index, slot)] = stored.scheme.activation
         return found
 
-    def logits(self, tokens: torch.Tensor, store: ActStore) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """(first window, last window + 1, float32 logits [windows, length, vocab]) a batch at a time."""
+    def logits(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of some positions: tokens [1, rows], hidden [1, rows, width] -> float32 [rows, vocab]."""
         with torch.no_grad():
-            for batch in range(len(store)):
-                start, stop = store.span(batch)
-                hidden = store.get(batch).to(self.model.device)
-                yield start, stop, self.model.leave(self.trunk, tokens[start:stop], hidden).float()
+            return self.model.leave(self.trunk, tokens, hidden.to(self.model.device, self.model.dtype)).float()[0]
+
+
+def peak_bytes(source: FloatSource, runner: Runner, tokens: torch.Tensor, candidates: int) -> int:
+    """Predicted peak of resident memory of an evaluation, above what the process took before; bytes."""
+    item = runner.model.dtype.itemsize
+    inside = {slot.name for index in range(len(runner.model)) for slot in runner.model.block_slots(index)}
+    trunk = item * sum(info.numel for name, info in source.manifest.items() if name not in inside)
+    sizes = [
+        sum(source.manifest[slot.name].numel for slot in runner.model.block_slots(index))
+        for index in range(len(runner.model))
+    ]
+    largest = max((info.numel for info in source.manifest.values()), default=0)
+    hidden = tokens.numel() * runner.width * item
+    spilled = runner.room.ram is not None and hidden > SPILL_SHARE * runner.room.ram
+    rows = LOGIT_COPIES * runner.vocab * runner.room.rows(runner.vocab)
+    batch = 64 * runner.width * tokens.shape[1] * min(tokens.shape[0], runner.room.batch(tokens.shape[1], runner.width))
+    block = item * max(sizes, default=0) + 8 * largest + batch
+    return trunk * (2 if candidates else 1) + (0 if spilled else hidden * (2 if candidates else 1)) + max(block, rows)
 
 
 class ActivationQuantiser:
@@ -106,7 +206,9 @@ class ActivationQuantiser:
     def _replace(self, use: Use) -> torch.Tensor:
         scheme = self._schemes[use.param]
         flat = use.x.reshape(-1, use.x.shape[-1])
-        return quantize(scheme, flat.float(), None, Search(method="absmax")).dequantize(use.x.dtype).reshape(use.x.shape)
+        return (
+            quantize(scheme, flat.float(), None, Search(method="absmax")).dequantize(use.x.dtype).reshape(use.x.shape)
+        )
 
     def __enter__(self) -> ActivationQuantiser:
         if self._observer is not None:
@@ -116,3 +218,25 @@ class ActivationQuantiser:
     def __exit__(self, *error: object) -> None:
         if self._observer is not None:
             self._observer.__exit__(*error)
+
+
+def rows_of(tokens: torch.Tensor, scored: torch.Tensor, count: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(window, positions to score) of at most `count` positions each, in order."""
+    for window in range(tokens.shape[0]):
+        positions = scored[window].nonzero()[:, 0]
+        for start in range(0, positions.numel(), count):
+            yield window, positions[start : start + count]
+
+
+class States:
+    """Hidden states of single windows out of a store, one batch in hand."""
+
+    def __init__(self, store: ActStore) -> None:
+        self._store, self._index, self._batch = store, -1, torch.empty(0)
+
+    def __call__(self, window: int, positions: torch.Tensor) -> torch.Tensor:
+        """float [positions, width]."""
+        index = window // self._store.batch
+        if index != self._index:
+            self._index, self._batch = index, self._store.get(index)
+        return self._batch[window % self._store.batch, positions]
