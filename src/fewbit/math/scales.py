@@ -22,8 +22,8 @@ from fewbit.base.errors import InputError
 from fewbit.math import fast
 from fewbit.math.nested import fit_nested
 from fewbit.math.rounding import nearest, pack_leaf, store
-from fewbit.math.search import Params, Search, Target, choose, units
-from fewbit.math.tiles import chunks, require_finite
+from fewbit.math.search import Params, Search, Target, Triple, choose, units
+from fewbit.math.tiles import Chunk, chunks, require_finite
 from fewbit.num.blocks import EACH
 from fewbit.num.grid import FloatGrid, VectorGrid
 from fewbit.num.qtensor import QTensor, code_dtype, expand, values_of
@@ -33,18 +33,23 @@ __all__ = ["FITTERS", "Params", "Search", "assemble", "effective", "fit", "quant
 
 
 DEFAULT_SEARCH = Search()
+Chooser = Callable[[Target, Chunk, Search], Triple]
 
 # (accepts(scheme) -> bool, module with a `fit` and a `quantize` of the signatures below); the first row that accepts is used
 FITTERS: list[tuple[Callable[[Scheme], bool], str]] = [
-    (lambda scheme: isinstance(scheme.grid, VectorGrid), "fewbit.math.lattice"),
-    (lambda scheme: scheme in _ggml_scalars(), "fewbit.math.kernels.kquants"),
+    (
+        lambda scheme: scheme in _named("q4_0 q4_1 q5_0 q5_1 q8_0 q2_k q3_k q4_k q5_k q6_k iq4_nl iq4_xs tq1_0 tq2_0"),
+        "fewbit.math.kernels.kquants",
+    ),
+    (
+        lambda scheme: scheme in _named("iq1_s iq1_m iq2_xxs iq2_xs iq2_s iq3_xxs iq3_s"),
+        "fewbit.math.lattice",
+    ),
 ]
 
 
 @functools.cache
-def _ggml_scalars() -> frozenset[Scheme]:
-    """The scalar block types of ggml that `kernels/kquants.py` knows how to search."""
-    names = "q4_0 q4_1 q5_0 q5_1 q8_0 q2_k q3_k q4_k q5_k q6_k iq4_nl iq4_xs tq1_0 tq2_0"
+def _named(names: str) -> frozenset[Scheme]:
     return frozenset(map(parse_scheme, names.split()))
 
 
@@ -77,18 +82,22 @@ def fit(
 
 
 def fit_plain(
-    scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None = None, search: Search = DEFAULT_SEARCH
+    scheme: Scheme,
+    w: torch.Tensor,
+    importance: torch.Tensor | None = None,
+    search: Search = DEFAULT_SEARCH,
+    chooser: Chooser = choose,
 ) -> Params:
-    """`fit` by plain torch alone, for every scheme: the reference for the fast paths."""
+    """`fit` without the special families, for every scalar scheme; `chooser` decides for blocks whose parameters are stored directly."""
     if scheme.is_leaf:
         return Params()
     if isinstance(scheme.grid, VectorGrid):
         raise InputError("FB-E0601", f"no fitter knows how to choose scales for the vector codes of {scheme}")
     if any(part.blocks != EACH for _, part in scheme.parts() if part.is_leaf):
-        return _fit_shared(scheme, w, importance, search)
+        return _fit_shared(scheme, w, importance, search, chooser)
     if all(part.is_leaf for _, part in scheme.parts()):
-        return _fit_direct(scheme, w, importance, search)
-    return fit_nested(scheme, w, importance, search, quantize=quantize)
+        return _fit_direct(scheme, w, importance, search, chooser)
+    return fit_nested(scheme, w, importance, search, quantize=quantize, chooser=chooser)
 
 
 def snap(scheme: Scheme, w: torch.Tensor, params: Params, importance: torch.Tensor | None = None) -> torch.Tensor:
@@ -148,14 +157,16 @@ def effective(scheme: Scheme, params: Params, shape: tuple[int, ...]) -> tuple[t
     return tuple(found)
 
 
-def _fit_direct(scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None, search: Search) -> Params:
+def _fit_direct(
+    scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None, search: Search, chooser: Chooser
+) -> Params:
     """All parts are stored directly, one entry per block."""
     target = direct_target(scheme)
     counts = scheme.block_counts(tuple(w.shape))
     arrays = {name: torch.empty(counts, dtype=torch.float32, device=w.device) for name, _ in scheme.parts()}
     views = {name: array.view(-1, *counts[-2:]) for name, array in arrays.items()}
     for chunk in chunks(w, importance, scheme.blocks):
-        for name, values in zip(("scale", "code_shift", "value_shift"), choose(target, chunk, search), strict=True):
+        for name, values in zip(("scale", "code_shift", "value_shift"), chooser(target, chunk, search), strict=True):
             if name in views and values is not None:
                 chunk.put(views[name], values)
     return Params(**{name: pack_leaf(part.grid, arrays[name]) for name, part in scheme.parts()})
@@ -174,7 +185,9 @@ def direct_target(scheme: Scheme) -> Target:
     )
 
 
-def _fit_shared(scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None, search: Search) -> Params:
+def _fit_shared(
+    scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None, search: Search, chooser: Chooser
+) -> Params:
     """Some leaf has fewer entries than blocks (one mean for all blocks): shifts first, by their mean, then the rest around them."""
     part = scheme.value_shift
     if part is None or part.blocks == EACH:
@@ -186,7 +199,7 @@ def _fit_shared(scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None
         raise InputError("FB-E0601", f"a shared value shift has one entry for the whole tensor, not as in {scheme}")
     shift = store(part.grid, means.contiguous())
     require_finite(w)
-    rest = fit(replace(scheme, value_shift=None), w.float() - shift.reshape(()), importance, search)
+    rest = fit_plain(replace(scheme, value_shift=None), w.float() - shift.reshape(()), importance, search, chooser)
     return replace(rest, value_shift=pack_leaf(part.grid, shift))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fewbit.formats.gguf.parts import Codec, Parts, as_bytes, as_dtype, join, pack_planes, split, unpack_planes
+from fewbit.formats.gguf.parts import Codec, Parts, as_dtype, join, pack_planes, split, unpack_planes
 
 _U8 = np.uint8
 

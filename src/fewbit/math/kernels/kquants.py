@@ -18,7 +18,7 @@ import torch
 from fewbit.base.errors import InputError
 from fewbit.math.kernels.kquants_min import quantize_minimum
 from fewbit.math.kernels.kquants_sym import quantize_symmetric
-from fewbit.math.scales import Params, Search, assemble, fit_plain, snap
+from fewbit.math.scales import DEFAULT_SEARCH, Params, Search, assemble, fit_plain, snap
 from fewbit.math.tiles import require_finite, spread_importance
 from fewbit.num.grid import Codebook, Grid, IntGrid
 from fewbit.num.qtensor import QTensor, code_dtype, native_dtype
@@ -75,7 +75,9 @@ def _efforts() -> dict[Scheme, Effort]:
     return {parse_scheme(name): effort for name, effort in EFFORTS.items()}
 
 
-def fit(scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None = None, search: Search = Search()) -> Params:
+def fit(
+    scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None = None, search: Search = DEFAULT_SEARCH
+) -> Params:
     """`math.scales.fit` for the schemes of `EFFORTS`."""
     if not _fast(scheme, w, search):
         return fit_plain(scheme, w, importance, search)
@@ -83,7 +85,7 @@ def fit(scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None = None,
 
 
 def quantize(
-    scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None = None, search: Search = Search()
+    scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None = None, search: Search = DEFAULT_SEARCH
 ) -> QTensor:
     """`math.scales.quantize` for the schemes of `EFFORTS`: codes come out of the same pass as scales."""
     if not _fast(scheme, w, search):

@@ -1,0 +1,126 @@
+"""Fit and quantise for vector codebooks (ggml's i-quants), with the signatures of `math.scales.fit` and `quantize`.
+
+A vector code stands for eight weights, so scale and codes cannot be chosen apart as for scalars: `fit` is the search of
+`kernels/iquants.py`, whose codes `quantize` keeps. Given parameters, `math.scales.snap` finds the nearest codes, eight columns at a time if a
+solver wants it so.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+
+from fewbit.base.errors import InputError
+from fewbit.math.kernels.iquants import Layout, quantize_vectors
+from fewbit.math.kernels.kquants import row_pieces
+from fewbit.math.kernels.vectors import Book, book
+from fewbit.math.scales import DEFAULT_SEARCH, Params, Search, assemble
+from fewbit.num.grid import VectorGrid, vector_table
+from fewbit.num.qtensor import QTensor
+from fewbit.num.scheme import Scheme
+from fewbit.num.tables import IQ1_DELTA
+
+_F = np.float32
+SUPER = 256
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard one codebook is searched.
+
+    Attributes:
+        ladder: scales tried for a block, as the level that its largest weight is put on, in units of the largest level.
+        reach: odd numbers looked at on either side of a block's own.
+        rounds: how often these and the super-scale are adjusted to each other.
+    """
+
+    ladder: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+    reach: int = 1
+    rounds: int = 1
+
+
+_ONE = (0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 1.0)
+EFFORTS: dict[str, Effort] = {
+    "iq2xxs": Effort(),
+    "iq2xs": Effort(),
+    "iq2s": Effort(),
+    "iq3xxs": Effort(),
+    "iq3s": Effort(),
+    "iq1": Effort(_ONE),
+    "iq1m": Effort(_ONE),
+}
+
+
+def fit(
+    scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None = None, search: Search = DEFAULT_SEARCH
+) -> Params:
+    """`math.scales.fit` for vector codes; every method means the same search."""
+    return _run(scheme, w, importance)[1]
+
+
+def quantize(
+    scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None = None, search: Search = DEFAULT_SEARCH
+) -> QTensor:
+    """`math.scales.quantize` for vector codes."""
+    codes, params = _run(scheme, w, importance)
+    return assemble(scheme, tuple(w.shape), codes, params)
+
+
+def _run(scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None) -> tuple[torch.Tensor, Params]:
+    """int32 codes and stored parameters.
+
+    Raises:
+        InputError: FB-E0602 when rows are not whole super-blocks; FB-E0701, FB-E0702 as `fit`.
+    """
+    grid, cols = scheme.grid, w.shape[-1] if w.ndim else 1
+    if not isinstance(grid, VectorGrid) or grid.name not in EFFORTS:
+        raise InputError("FB-E0601", f"no search for the vector codes of {scheme}")
+    if cols % SUPER:
+        raise InputError("FB-E0602", f"{scheme} needs rows of a multiple of {SUPER} weights, got {cols}")
+    if w.device.type != "cpu":
+        codes, params = _run(scheme, w.cpu(), None if importance is None else importance.cpu())
+        moved = {name: part.to(w.device) for name, part in vars(params).items() if part is not None}
+        return codes.to(w.device), Params(**moved)
+    layout, codebook, ladder = _layout(scheme), _book(grid.name), _ladder(grid.name)
+    effort, count, blocks = EFFORTS[grid.name], prod(w.shape[:-1]), cols // scheme.blocks.cols
+    codes = torch.empty(count, cols // 8, dtype=torch.int32)
+    scale_codes = torch.empty(count, blocks, dtype=torch.uint8)
+    shifts = torch.empty(count, cols // 8 // layout.per_shift, dtype=torch.uint8)
+    tops = torch.empty(count, cols // SUPER, dtype=torch.float32)
+    for part, x, h in row_pieces(scheme, w, importance):
+        out = [array[part].view(-1).numpy() for array in (codes, scale_codes, shifts, tops)]
+        quantize_vectors(
+            x.view(-1).numpy(), h.view(-1).numpy(), codebook, layout, ladder, effort.reach, effort.rounds, *out
+        )
+    counts = scheme.block_counts(tuple(w.shape))
+    if scheme.code_shift is None and codebook.variants > 1:
+        codes |= shifts.int() << layout.index_bits
+    shift = None if scheme.code_shift is None else QTensor(scheme.code_shift, counts, shifts.view(counts))
+    top = tops.to(torch.float16).view(scheme.scale.block_counts(counts))
+    scale = QTensor(scheme.scale, counts, scale_codes.view(counts), top)
+    return codes.view(*w.shape[:-1], cols // 8), Params(scale, shift, None)
+
+
+def _layout(scheme: Scheme) -> Layout:
+    grid = scheme.grid
+    per_block, shifted = scheme.blocks.cols // 8, grid.name.startswith("iq1")
+    per_shift = 1 if shifted and scheme.code_shift is None else per_block
+    index_bits = grid.index_bits - (1 if shifted and scheme.code_shift is None else 0)
+    return Layout(grid.parts, index_bits, grid.sign_bits, per_block, per_shift, len(scheme.scale.grid.table) - 1)
+
+
+@functools.cache
+def _book(name: str) -> Book:
+    table = vector_table("iq1" if name == "iq1m" else name)
+    levels = np.unique(table)
+    deltas = (IQ1_DELTA, -IQ1_DELTA) if name.startswith("iq1") else (0.0,)
+    return book(np.stack([levels + delta for delta in deltas]), np.stack([table + delta for delta in deltas]))
+
+
+@functools.cache
+def _ladder(name: str) -> np.ndarray:
+    return np.array(EFFORTS[name].ladder, _F) / _F(np.abs(vector_table("iq1" if name == "iq1m" else name)).max())
