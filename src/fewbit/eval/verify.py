@@ -94,6 +94,14 @@ class Verified:
         """Plain data for `--json`."""
         return {**plain(self), "ok": self.ok}
 
+    @property
+    def summary(self) -> str:
+        """One line when all is well, one line per finding when not."""
+        if self.findings:
+            return "\n".join(f"{finding.kind}: {finding.tensor} {finding.message}" for finding in self.findings)
+        against = f", {len(self.compared)} held against their source" if self.compared else ""
+        return f"{self.tensors} tensors finite, {self.weights} weights decoded{against}"
+
     def require(self) -> None:
         """Raise unless all is well.
 

@@ -127,7 +127,7 @@ def test_one_wrong_scale(base: Path, tmp_path: Path) -> None:
     """One group of 512, too little to show in the whole tensor's noise."""
 
     def swap(tensors: Tensors, _: dict) -> None:
-        tensors[f"{Q}.weight_scale"][17, 2] *= 3
+        tensors[f"{Q}.weight_scale"][17, 2] *= 2.2
 
     found = faulty(swap, base, tmp_path)
     assert [(f.kind, f.tensor) for f in found.findings] == [("source", f"{Q}.weight")] and "block" in found.findings[

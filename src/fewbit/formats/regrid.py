@@ -1,0 +1,132 @@
+"""Carrying out what `exchange.py` decides: a quantised tensor in another scheme, by its codes where the grids permit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from fewbit.formats.exchange import image
+from fewbit.math.metrics import relative_error
+from fewbit.math.rounding import store_scale
+from fewbit.math.scales import Search, quantize
+from fewbit.num.grid import IntGrid
+from fewbit.num.qtensor import QTensor, code_dtype, expand, native_dtype, values_of
+from fewbit.num.scheme import Scheme
+
+_KEEPABLE = ("input_scale", "divisor", "multiple", "permutation")
+
+
+def regrid(q: QTensor, scheme: Scheme) -> tuple[QTensor, float]:
+    """The tensor in another scheme, and the relative error ||w - w'|| / ||w|| that this cost: 0.0 when every value is the same float32.
+
+    Codes are kept where the target's grid and blocks permit (see `exchange.image`); else the values are rounded anew with a searched scale.
+    """
+    if q.scheme == scheme:
+        return q, 0.0
+    if scheme.is_leaf:
+        out = _as_leaf(q, scheme)
+    else:
+        out = None
+        if not set(q.sides) - set(_KEEPABLE):
+            out = _by_codes(q, scheme)
+        if out is None:
+            out = _with_inputs(quantize(scheme.weights_only, q.dequantize(), search=Search()), q, scheme)
+    before, after = q.dequantize(), out.dequantize()
+    return out, 0.0 if torch.equal(before, after) else relative_error(before, after)
+
+
+def _as_leaf(q: QTensor, scheme: Scheme) -> QTensor:
+    """Plain floats."""
+    native = native_dtype(scheme.grid)
+    assert native is not None
+    return QTensor(scheme, q.shape, q.dequantize(native).view(code_dtype(scheme.grid)))
+
+
+def _with_inputs(out: QTensor, q: QTensor, scheme: Scheme) -> QTensor:
+    """The activation part of the target, with the calibrated scale if there is one."""
+    sides = {name: side for name, side in q.sides.items() if name == "input_scale" and scheme.static}
+    return replace(out, scheme=scheme, sides={**out.sides, **sides})
+
+
+def _by_codes(q: QTensor, scheme: Scheme) -> QTensor | None:
+    """The same codes under other scales and shifts, or None when they do not fit."""
+    if image(q.scheme, scheme, q.shape) is None:
+        return None
+    if q.scheme.weights_only == scheme.weights_only:
+        kept = {name: side for name, side in q.sides.items() if name != "input_scale" or scheme.static}
+        return replace(q, scheme=scheme, sides=kept)
+    if "permutation" in q.sides and q.scheme.blocks != scheme.blocks:
+        return None
+    scale = _repeated(q, "scale", scheme)
+    codes, zero, offset = _codes_and_shifts(q, scheme, scale)
+    if codes is None:
+        return None
+    assert scheme.scale is not None
+    if scheme.scale.is_leaf:
+        stored: torch.Tensor | QTensor = _leaf(scheme.scale, scale)
+    else:  # a global scale of one over what is stored directly
+        assert isinstance(q.scale, torch.Tensor)
+        one = torch.ones((*scale.shape[:-2], 1, 1), dtype=torch.float32)
+        stored = QTensor(scheme.scale, tuple(scale.shape), scale.to(torch.float8_e4m3fn).view(torch.uint8), one)
+    keep = {
+        name: side
+        for name, side in q.sides.items()
+        if name == "permutation" or (name == "input_scale" and scheme.static)
+    }
+    return QTensor(scheme, q.shape, codes, stored, zero, offset, sides=keep)
+
+
+def _leaf(part: Scheme, values: torch.Tensor) -> torch.Tensor:
+    """Numbers as a directly stored part: rounded to its dtype, scales kept away from zero."""
+    native = native_dtype(part.grid)
+    assert native is not None
+    rounded = values.to(native)
+    return store_scale(part.grid, values).to(native) if bool(((rounded == 0) & (values != 0)).any()) else rounded
+
+
+def _repeated(q: QTensor, name: str, scheme: Scheme) -> torch.Tensor:
+    """A part of the source, float32 [*batch, block rows, block cols] of the target's blocks."""
+    part, stored = getattr(q.scheme, name), getattr(q, name)
+    counts = q.scheme.block_counts(q.shape)
+    values = values_of(stored)
+    if part.is_leaf:
+        values = expand(values, part, counts)
+    each = expand(values.reshape(counts), q.scheme, q.shape).reshape(q.shape)  # one per weight
+    tiling = scheme.blocks.resolve(q.shape)
+    return each.reshape(tiling.view)[..., :: tiling.block_rows, :: tiling.block_cols].contiguous()
+
+
+def _codes_and_shifts(
+    q: QTensor, scheme: Scheme, scale: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(codes, zero points, offsets) in the target's terms; codes None when a zero point does not fit."""
+    grid, mine = scheme.grid, q.scheme.grid
+    if not isinstance(grid, IntGrid) or not isinstance(mine, IntGrid):
+        return q.codes, None, None
+    zero = _repeated(q, "code_shift", scheme) if q.code_shift is not None else torch.zeros_like(scale)
+    offset = _repeated(q, "value_shift", scheme) if q.value_shift is not None else torch.zeros_like(scale)
+    lift = (1 << (mine.bits - 1)) if mine.signed and not grid.signed else 0
+    codes = q.codes.to(torch.int16) + lift
+    if grid.signed and not mine.signed:  # subtract the zero point from the codes
+        codes = codes - expand(zero, scheme, q.shape).reshape(q.shape).to(torch.int16)
+        zero = torch.zeros_like(zero)
+    zero = zero + lift
+    if int(codes.min()) < grid.low or int(codes.max()) > grid.high:
+        return None, None, None
+    codes = codes.to(code_dtype(grid))
+    if scheme.value_shift is not None:
+        shift = offset if scheme.code_shift is not None else offset - zero * scale
+        stored = _zero(scheme.code_shift, zero) if scheme.code_shift is not None else None
+        return codes, stored, shift.to(native_dtype(scheme.value_shift.grid) or torch.float32)
+    if bool((offset != 0).any()):
+        return None, None, None
+    if scheme.code_shift is None:
+        return (codes if not bool((zero != 0).any()) else None), None, None
+    return codes, _zero(scheme.code_shift, zero), None
+
+
+def _zero(part: Scheme, zero: torch.Tensor) -> torch.Tensor:
+    native = native_dtype(part.grid)
+    assert native is not None
+    return zero.to(native)
