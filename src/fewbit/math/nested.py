@@ -24,11 +24,17 @@ from fewbit.num.qtensor import QTensor, values_of
 from fewbit.num.scheme import Scheme
 
 _NAMES = ("scale", "code_shift", "value_shift")
+Chooser = Callable[[Target, Chunk, Search], Triple]
 Quantize = Callable[[Scheme, torch.Tensor, "torch.Tensor | None", Search], QTensor]
 
 
 def fit_nested(
-    scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None, search: Search, quantize: Quantize
+    scheme: Scheme,
+    w: torch.Tensor,
+    importance: torch.Tensor | None,
+    search: Search,
+    quantize: Quantize,
+    chooser: Chooser = choose,
 ) -> Params:
     """`fit` for a scheme with at least one nested part; `quantize` is `math.scales.quantize`."""
     target = ideal_target(scheme)
@@ -37,7 +43,7 @@ def fit_nested(
     curvature = {name: torch.zeros_like(array) for name, array in arrays.items()}
     alive = torch.zeros(counts, dtype=torch.float32, device=w.device)
     for chunk in chunks(w, importance, scheme.blocks):
-        triple = choose(target, chunk, search)
+        triple = chooser(target, chunk, search)
         low, high = chunk.extremes()
         chunk.put(_flat(alive), ((low != 0) | (high != 0)).float())
         bends = _curvatures(target, chunk, triple) if search.searches else (torch.ones_like(low),) * 3
