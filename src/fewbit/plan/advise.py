@@ -6,16 +6,14 @@ Facts come from the plan (sizes, cache, ceilings), from `devices.toml` (what the
 
 from __future__ import annotations
 
-import functools
 import shlex
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from math import log2
 from typing import Any
 
 from fewbit.base.errors import InputError
+from fewbit.plan.advise_engine import Engine, engine_on, measured, misfits, refusal
 from fewbit.plan.devices import Device
 from fewbit.plan.kv import KvLayer
 from fewbit.plan.memory import Needed, Use, longest_context, needed, offload
@@ -23,8 +21,6 @@ from fewbit.plan.shapes import Model
 from fewbit.plan.sizes import STORAGES, Size, size_of
 from fewbit.plan.throughput import Speed, compute_dtype, matmul_params, speed, step_seconds
 
-# what runs where when nobody says: others take every format
-USUAL_ENGINE = {"datacentre": "vllm", "apple": "llama.cpp", "cpu": "llama.cpp"}
 # (quality, speed, size): how much each counts
 PRIORITIES = {
     "balanced": (1.0, 1.0, 0.5),
@@ -101,29 +97,6 @@ class Advice:
         return next((option for option in self.options if not option.refused and option.fits), None)
 
 
-@functools.cache
-def measured() -> dict[str, Any]:
-    """The tables of `measured.toml`."""
-    return tomllib.loads(resources.files(__package__).joinpath("measured.toml").read_text(encoding="utf-8"))
-
-
-def engine_row(name: str) -> Mapping[str, Any]:
-    """What an engine loads.
-
-    Raises:
-        InputError: FB-E0454 with the names that exist.
-    """
-    table = measured()["engine"]
-    found = next((row for key, row in table.items() if _plain(key) == _plain(name)), None)
-    if found is None:
-        raise InputError("FB-E0454", f"no engine is called {name!r}; there are {', '.join(table)}")
-    return found
-
-
-def _plain(name: str) -> str:
-    return "".join(char for char in name.lower() if char.isalnum())
-
-
 def task_row(name: str) -> Mapping[str, Any]:
     """What a task bears.
 
@@ -150,8 +123,7 @@ def advise(model: Model, layers: tuple[KvLayer, ...], device: Device, wish: Wish
     if wish.priority not in PRIORITIES:
         raise InputError("FB-E0456", f"no priority is called {wish.priority!r}; there are {', '.join(PRIORITIES)}")
     rows = measured()["option"]
-    assumed = wish.engine or USUAL_ENGINE.get(device.kind, "")
-    engine = engine_row(assumed) if assumed else None
+    engine = engine_on(wish.engine, device)
     task = task_row(wish.task)
     base = size_of(model, STORAGES["BF16"])
     options = [_judge(name, row, model, layers, device, wish, engine, base) for name, row in rows.items()]
@@ -167,7 +139,7 @@ def _judge(
     layers: tuple[KvLayer, ...],
     device: Device,
     wish: Wish,
-    engine: Mapping[str, Any] | None,
+    engine: Engine | None,
     base: Size,
 ) -> Option:
     storage = STORAGES[row["storage"]]
@@ -181,29 +153,22 @@ def _judge(
     calibrated = row.get("calibration", False) and wish.calibration
     kl = (row["kl"] if calibrated or "kl_without" not in row else row["kl_without"]) * size_factor(model.params)
     risk, risks = _risk(kl, row, model, wish)
+    odd, total, reason = misfits(model, row.get("to", ""))
+    if odd:
+        risks.append(f"{odd:,} of {total:,} matrices stay in 16 bits: {reason}")
     return Option(
         name, size, needs, fit, longest_context(model, size, layers, use, device), split.on_device, split.layers, ceiling, ratio, prefill, kl,
-        row["basis"], row["source"], risk, tuple(notes + risks), _command(row, wish), _refusal(row, device, wish, engine),
+        row["basis"], row["source"], risk, tuple(notes + risks), _command(model, row, wish), _refusal(model, row, device, wish, engine),
     )  # fmt: skip
 
 
-def _refusal(row: Mapping[str, Any], device: Device, wish: Wish, engine: Mapping[str, Any] | None) -> str:
+def _refusal(model: Model, row: Mapping[str, Any], device: Device, wish: Wish, engine: Engine | None) -> str:
     """Why an option cannot be used, or nothing."""
-    name = wish.engine or USUAL_ENGINE.get(device.kind, "")
-    if engine is not None and row["format"] not in engine["formats"]:
-        return f"{name} does not load {row['format']} files"
-    if engine is not None and device.backend != "any" and device.backend not in engine["backends"]:
-        return f"{name} does not run on {device.backend} devices"
-    if row["format"] == "mlx" and device.backend not in ("metal", "any"):
-        return "MLX is made for Apple's GPUs"
-    needs = [
-        method
-        for flag, method in (("--method gptq", "GPTQ"), ("--rewrites awq", "AWQ"))
-        if flag in row.get("flags", "")
-    ]
+    flags = row.get("flags", "")
+    needs = [method for flag, method in (("--method gptq", "GPTQ"), ("--rewrites awq", "AWQ")) if flag in flags]
     if needs and not wish.calibration:
         return f"{needs[0]} needs calibration text, which is not at hand"
-    return ""
+    return refusal(model, row, engine, device)
 
 
 def _against_bf16(
@@ -245,24 +210,19 @@ def _risk(kl: float, row: Mapping[str, Any], model: Model, wish: Wish) -> tuple[
     return risk, notes
 
 
-def _command(row: Mapping[str, Any], wish: Wish) -> str:
+def _command(model: Model, row: Mapping[str, Any], wish: Wish) -> str:
     """The exact command that makes an option."""
     if "to" not in row:
         return ""
-    flags = row.get("flags", "") if wish.calibration else row.get("flags", "").replace("--calib default", "").strip()
-    name = wish.model_id.rstrip("/").rsplit("/", 1)[-1].removesuffix(".json")
-    suffix = row["to"].replace(":", "-")
-    return " ".join(
-        part
-        for part in (
-            "fewbit quantize",
-            shlex.quote(wish.model_id),
-            f"--to {row['to']}",
-            flags,
-            f"-o {shlex.quote(f'{name}-{suffix}')}",
-        )
-        if part
-    )
+    source = model.name if wish.model_id.endswith(".json") else wish.model_id
+    name = source.rstrip("/").rsplit("/", 1)[-1]
+    words = ["fewbit quantize", shlex.quote(source), f"--to {row['to']}"]
+    if wish.calibration or "--calib" not in row.get("flags", ""):
+        words.append(row.get("flags", ""))
+    if misfits(model, row["to"])[0]:
+        words.append("--on-misfit keep")
+    words.append(f"-o {shlex.quote(f'{name}-' + row['to'].replace(':', '-'))}")
+    return " ".join(filter(None, words))
 
 
 def _scored(option: Option, base: Size, bears: float, priority: str) -> Option:
@@ -283,7 +243,7 @@ def _steps(
     wish: Wish,
     task: Mapping[str, Any],
     base: Size,
-    engine: Mapping[str, Any] | None,
+    engine: Engine | None,
 ) -> list[Step]:
     """The procedure in words."""
     use = wish.use
@@ -309,7 +269,7 @@ def _steps(
         ),
         _native_step(device),
         _bound_step(model, layers, device, use, base),
-        _engine_step(device, wish, engine),
+        _engine_step(wish, engine),
         Step(
             "How hard is the task?",
             task["why"],
@@ -328,12 +288,12 @@ def _steps(
     ]
 
 
-def _engine_step(device: Device, wish: Wish, engine: Mapping[str, Any] | None) -> Step:
+def _engine_step(wish: Wish, engine: Engine | None) -> Step:
     question = "What does the engine load?"
     if engine is None:
         return Step(question, "no engine named", "every format stays in")
-    name = wish.engine or f"none named, {USUAL_ENGINE[device.kind]} is usual on such a device"
-    return Step(question, f"{name}: {', '.join(engine['formats'])}", "other formats are out")
+    name = engine.label if wish.engine else f"none named, {engine.label} is usual on such a device"
+    return Step(question, f"{name}: {', '.join(engine.formats)}", "other formats are out")
 
 
 def _bits_that_fit(model: Model, needs: Needed, device: Device) -> float:

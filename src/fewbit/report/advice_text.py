@@ -13,14 +13,14 @@ from fewbit.report.plan_words import BAD, DIM, GOOD, gb, heading, kl_words, loss
 from fewbit.report.text import render, table
 
 
-def advice_page(model: Model, device: Device, advice: Advice, limit: int = 6) -> str:
+def advice_page(model: Model, device: Device, advice: Advice, limit: int = 4) -> str:
     """The page of `fewbit advise`: the best option, the ranked rest, the steps, what is out and why."""
     usable = [option for option in advice.options if not option.refused]
     parts: list[Any] = [model_line(model)]
     if usable:
         parts.append(_first(usable[0], device))
         parts += [heading("Ranked options", f"on {device.name}"), _ranking(usable)]
-        parts += _options(usable[1:limit])
+        parts += _options(usable[1:limit], usable[0].warnings)
     else:
         parts.append(Text("\nno option works here: see the reasons below", style=BAD))
     parts += [heading("How this was decided"), *(_step(number, step) for number, step in enumerate(advice.steps, 1))]
@@ -72,14 +72,17 @@ def _ranking(options: list[Option]) -> Any:
     return table(columns, rows)
 
 
-def _options(options: list[Option]) -> list[Any]:
-    found = []
+def _options(options: list[Option], said: tuple[str, ...]) -> list[Any]:
+    """The next options; notes that were already given for one above are not repeated."""
+    found, known = [], set(said)
     for option in options:
         line = Text(f"\n{option.name}", style="bold")
         line.append(f"   {loss_words(option)}; {speed_words(option)}")
         line.append(f"\n  {option.source}", style=DIM)
         for warning in option.warnings:
-            line.append(f"\n  note: {warning}", style="yellow")
+            if warning not in known:
+                line.append(f"\n  note: {warning}", style="yellow")
+        known |= set(option.warnings)
         if option.command:
             line.append(f"\n  $ {option.command}")
         found.append(line)
