@@ -280,8 +280,13 @@ def bnb_dynamic_levels() -> tuple[float, ...]:
     """The signed 8-bit dynamic map of bitsandbytes (arXiv 1511.04561, 2110.02861): 7 exponent decades, linear fractions."""
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = np.linspace(0.1, 1, 2**exponent + 1, dtype=np.float32)
-        means = (edges[:-1] + edges[1:]) / np.float32(2.0)
+        count = 2**exponent
+        # float32 edges from both ends inwards with one rounding each, as the linspace that made the original
+        step = float((np.float32(1) - np.float32(0.1)) / np.float32(count))
+        index = np.arange(count + 1)
+        rising, falling = float(np.float32(0.1)) + step * index, 1.0 - step * (count - index)
+        edges = np.where(index < (count + 1) // 2, rising, falling).astype(np.float32)
+        means = (edges[:-1] + edges[1:]) / np.float32(2)
         for value in np.float32(10.0 ** (exponent - 6)) * means:
             values += [float(value), -float(value)]
     return tuple(sorted(values))
