@@ -31,6 +31,7 @@ from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import Scheme
 from fewbit.run.acts import ActStore
 from fewbit.run.calib import Calibration, calibration
+from fewbit.run.fisher import fisher_pass, load_grams
 from fewbit.run.hf import BlockModel, Entry, Params, Slot
 from fewbit.run.observe import Observer, StopForward, Use
 from fewbit.solve.table import SOLVERS, Solved
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 4096
 BIG_MODEL = 2_000_000_000  # parameters from which blocks are computed in bfloat16
 SPILL_SHARE = 0.3  # share of the budget that activations may take before they go to disk
+FISHER_SAMPLES = 64  # sequences of the backward pass
 MIN_EXPERT_TOKENS = 64  # below this an expert's statistics are topped up or replaced, and the report says so
 
 Key = tuple[str, int | None]
@@ -76,6 +78,7 @@ class Calibrated:
         )
         self.scratch: Path = run.sinks[0].scratch
         self._check_same_text()
+        self.grams: dict[str, torch.Tensor] = {}
         self.batch = min(self.text.tokens.shape[0], max(1, BATCH_TOKENS // self.text.tokens.shape[1]))
 
     def _vocabulary(self) -> int:
@@ -97,6 +100,7 @@ class Calibrated:
     def __iter__(self) -> Iterator[tuple[Group, Solved]]:
         with contextlib.ExitStack() as stack, torch.no_grad():
             trunk = self.model.load_trunk(self.run.source.read)
+            self._weigh_by_loss(trunk)
             entries, quantised, floats = self._enter(trunk, stack)
             first = self._resume(quantised, floats)
             for index in range(first, len(self.model)):
@@ -124,6 +128,28 @@ class Calibrated:
             for store in stores:
                 store.put(index, hidden)
         return entry.kwargs, stores[0], stores[1] if streams == 2 else None
+
+    def _weigh_by_loss(self, trunk: Params) -> None:
+        """Runs the backward pass once, where a solver uses it; its grams stay in the scratch folder."""
+        if not any(self.run.options_all(group.job).get("loss_weighting") for groups in self.by_tensor.values() for group in groups):
+            return
+        if (self.scratch / "fisher-done").exists():
+            return
+        tracked = [
+            {self.model.local(index, slot): slot.name for slot in self.model.block_slots(index) if slot.name in self.by_tensor and slot.expert is None}
+            for index in range(len(self.model))
+        ]
+        tokens = self.text.tokens[:FISHER_SAMPLES]
+        width = max(info.shape[-1] for info in self.run.source.manifest.values() if info.shape)
+        spill = tokens.numel() * width * self.model.dtype.itemsize * (len(self.model) + 2) > SPILL_SHARE * self.run.settings.ram
+
+        def told(index: int) -> None:
+            self.run._check_stop()
+
+        fisher_pass(
+            self.model, self.run.source.read, trunk, tokens, tracked, self.scratch,
+            batch=self.batch, seed=self.run.plan.recipe["seed"], spill=spill, on_block=told,
+        )  # fmt: skip
 
     def _entry_of(self, trunk: Params, tokens: torch.Tensor) -> Entry:
         return self.model.enter(trunk, tokens)
@@ -161,6 +187,7 @@ class Calibrated:
         for slot in slots.values():
             by_param.setdefault(model.local(index, slot), []).append(slot)
         solved_names: set[str] = set()
+        self.grams = load_grams(self.scratch, index)
         for stage in self._stages(index, params, by_param, quantised.get(0), kwargs):
             stats = self._collect(index, stage, params, originals, kwargs, quantised, floats)
             members = [slot for name in stage.params for slot in by_param[name]]
@@ -270,6 +297,8 @@ class Calibrated:
             missing = [need for need in solver.needs if getattr(stats, need, None) is None]
             if missing == ["cross_gram"] and stats is not None:
                 stats = replace(stats, cross_gram=stats.gram)  # no second stream here: no drift to correct
+            if stats is not None and job.name in self.grams and not label:
+                stats = replace(stats, out_gram=self.grams[job.name].to(weight.device))
             found = solver(weight, stats, job.scheme, seed=self.run.plan.recipe["seed"], options=self.run.options_for(job))
         except FewbitError as error:
             if error.tensor is None:

@@ -261,6 +261,10 @@ class _Run:
         """The recipe's solver options that this job's solver has."""
         return {name: value for name, value in self.plan.recipe["options"].items() if name in SOLVERS[job.solver].options}
 
+    def options_all(self, job: Job) -> dict[str, Any]:
+        """All options of this job's solver, defaults included."""
+        return {**SOLVERS[job.solver].options, **self.options_for(job)}
+
     def _located(self, job: Job, call: Callable[[], Solved]) -> Solved:
         """Adds the tensor's name to an error that does not know it."""
         try:

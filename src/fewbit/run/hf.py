@@ -85,7 +85,6 @@ def build_config(config: Mapping[str, Any]) -> Any:
     made.use_cache = False
     for part in (made, getattr(made, "text_config", None)):
         if part is not None:
-            part._attn_implementation = "sdpa"
             part._experts_implementation = "eager"  # one matrix product per expert, which an observer can tell apart
     return made
 
@@ -278,13 +277,18 @@ def bind(module: nn.Module, manifest: Manifest) -> dict[str, Slot]:
     """Which stored tensor fills which part of which parameter. Stored tensors that no parameter wants are left out."""
     slots: dict[str, Slot] = {}
     for name, param in module.named_parameters():
-        stored = next((found for found in _spellings(name) if found in manifest), None)
+        stored = _stored_as(name, manifest)
         if stored is not None:
             slots[stored] = Slot(stored, name)
             continue
         for slot in _expert_slots(name, tuple(param.shape), manifest):
             slots[slot.name] = slot
     return slots
+
+
+def _stored_as(name: str, manifest: Manifest) -> str | None:
+    """The name under which a parameter is stored, or None."""
+    return next((found for found in _spellings(name) if found in manifest), None)
 
 
 def _spellings(name: str) -> Iterator[str]:
@@ -295,8 +299,7 @@ def _spellings(name: str) -> Iterator[str]:
         for prefix in _PREFIXES:
             yield prefix + form
     if ".mlp.gate." in name:  # Mixtral's router
-        for other in _spellings(name.replace(".mlp.gate.", ".block_sparse_moe.gate.")):
-            yield other
+        yield from _spellings(name.replace(".mlp.gate.", ".block_sparse_moe.gate."))
 
 
 def _expert_slots(name: str, shape: tuple[int, ...], manifest: Manifest) -> list[Slot]:
@@ -312,8 +315,7 @@ def _expert_slots(name: str, shape: tuple[int, ...], manifest: Manifest) -> list
                 Slot(found, name, expert, (i * step, (i + 1) * step))
                 for expert in range(shape[0])
                 for i, part in enumerate(parts)
-                for found in _spellings(f"{base}.experts.{expert}.{part}.weight")
-                if found in manifest
+                if (found := _stored_as(f"{base}.experts.{expert}.{part}.weight", manifest)) is not None
             ]
             if len(slots) == shape[0] * len(parts):
                 return slots

@@ -43,22 +43,33 @@ class Observer(TorchFunctionMode):
     Args:
         tracked: name -> weight tensor, as the forward pass will use it.
         on_use: called with each `Use` before the product; may return a tensor that takes the input's place.
+        on_output: called with each `Use` and the product, [..., out].
     """
 
-    def __init__(self, tracked: Mapping[str, torch.Tensor], on_use: Callable[[Use], torch.Tensor | None]) -> None:
+    def __init__(
+        self,
+        tracked: Mapping[str, torch.Tensor],
+        on_use: Callable[[Use], torch.Tensor | None] | None = None,
+        on_output: Callable[[Use, torch.Tensor], None] | None = None,
+    ) -> None:
         super().__init__()
         self._by_storage = {weight.untyped_storage().data_ptr(): (name, weight) for name, weight in tracked.items()}
         self._on_use = on_use
+        self._on_output = on_output
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         position = 0 if func in _LINEAR or func in _MATMUL else 1 if func in _ADDMM else None
-        if position is not None and len(args) > position + 1:
-            found = self._find(args[position + 1])
-            if found is not None:
-                replaced = self._on_use(Use(found[0], found[1], args[position]))
-                if replaced is not None:
-                    args = (*args[:position], replaced, *args[position + 1 :])
-        return func(*args, **(kwargs or {}))
+        found = self._find(args[position + 1]) if position is not None and len(args) > position + 1 else None
+        if found is None or position is None:
+            return func(*args, **(kwargs or {}))
+        use = Use(found[0], found[1], args[position])
+        replaced = self._on_use(use) if self._on_use else None
+        if replaced is not None:
+            args = (*args[:position], replaced, *args[position + 1 :])
+        result = func(*args, **(kwargs or {}))
+        if self._on_output:
+            self._on_output(use, result)
+        return result
 
     def _find(self, weight: Any) -> tuple[str, int | None] | None:
         if not isinstance(weight, torch.Tensor):

@@ -1,0 +1,216 @@
+"""Convert: a quantised checkpoint in another format, weight by weight, decode -> (regrid) -> encode, with no float between where the grids permit.
+
+What will happen to each weight is known beforehand from headers alone (`plan_conversion`): exact, re-gridded with a predicted error, lossy, or
+impossible. Impossible ones stop the conversion before it writes anything; a lossy one does unless it is allowed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+import fewbit
+from fewbit.base.errors import InputError, Refusals
+from fewbit.base.record import plain, readable_json
+from fewbit.formats.exchange import Conversion, conversion
+from fewbit.formats.regrid import regrid
+from fewbit.formats.table import Assignment, format_named
+from fewbit.num.scheme import Scheme, parse_scheme
+from fewbit.run.source import DTYPE_NAMES, Source, open_source
+from fewbit.store.layout import lay_out
+from fewbit.store.tensors import as_bytes
+from fewbit.store.writer import ShardWriter
+
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """What becomes of a checkpoint in another format.
+
+    Attributes:
+        source, target: format names; the source's is "dense" for plain weights.
+        weights: weight name -> what becomes of it.
+        kept: tensors that are copied as they are.
+    """
+
+    source: str
+    target: str
+    weights: dict[str, Conversion]
+    kept: tuple[str, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Weights of each kind: exact, re-gridded, lossy, impossible."""
+        return dict(Counter(one.kind for one in self.weights.values()))
+
+    def record(self) -> dict[str, Any]:
+        """Plain data for `--json`: per weight its kind, schemes, what happens and the predicted error."""
+        weights = {
+            name: {"kind": one.kind, "scheme": str(one.scheme) if one.scheme else None, "how": one.how, "error": one.error}
+            for name, one in self.weights.items()
+        }
+        return {"source": self.source, "target": self.target, "counts": self.counts, "weights": weights, "kept": list(self.kept)}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion did: the plan, where it lies, and the measured relative error of every weight that moved."""
+
+    plan: ConversionPlan
+    out: Path
+    errors: dict[str, float]
+    nbytes: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether no value changed."""
+        return not self.errors
+
+    def record(self) -> dict[str, Any]:
+        return {**self.plan.record(), "out": str(self.out), "errors": self.errors, "exact": self.exact, "bytes": self.nbytes}
+
+
+def plan_conversion(source: Source, target: str) -> ConversionPlan:
+    """What becomes of each weight, from headers alone.
+
+    Args:
+        target: `FORMAT` or `FORMAT:SCHEME`.
+
+    Raises:
+        InputError: FB-E0604 or FB-E0601 for unknown words; FB-E0622 for a container that this does not write.
+    """
+    name, _, spelling = target.partition(":")
+    form = format_named(name)
+    held = source.format.container if source.format else "safetensors"
+    if form.container != "safetensors" or held != "safetensors":
+        raise InputError("FB-E0622", f"convert goes between folders of safetensors, not from {held} to {form.container}")
+    if not source.quantised:
+        raise InputError("FB-E0622", "the checkpoint is not quantised: there are no codes to carry over", file=source.root)
+    wanted = parse_scheme(spelling) if spelling else None
+    dtype = model_dtype(source)
+    weights = {
+        weight: conversion(stored.scheme, tuple(stored.shape), name, dtype, wanted) for weight, stored in source.stored.items()
+    }
+    return ConversionPlan(source.format.name if source.format else "dense", name, weights, tuple(n for n in source.manifest if n not in weights))
+
+
+def model_dtype(source: Source) -> str:
+    """Safetensors word for the dtype that the model computes in."""
+    return DTYPE_NAMES.get(str(source.config.get("torch_dtype") or source.config.get("dtype") or "bfloat16"), "BF16")
+
+
+def convert(
+    path: str | Path | Source,
+    to: str,
+    out: str | Path,
+    *,
+    allow_lossy: bool = False,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    on_weight: Callable[[str, Conversion, float], None] | None = None,
+) -> Converted:
+    """Writes a quantised checkpoint in another format.
+
+    Args:
+        path: the checkpoint, as a path or open.
+        to: `FORMAT` or `FORMAT:SCHEME`.
+        out: folder to write; it appears when it is whole.
+        allow_lossy: whether weights may lose bits.
+        on_weight: told after each weight: its name, what was planned, the measured relative error.
+
+    Raises:
+        Refusals: before anything is written, with every weight that cannot be converted as asked. InputError: as `plan_conversion`.
+    """
+    source = path if isinstance(path, Source) else open_source(path)
+    try:
+        plan = plan_conversion(source, to)
+        _refuse(plan, source, allow_lossy)
+        return _write(plan, source, Path(out), overwrite, shard_bytes, on_weight)
+    finally:
+        if source is not path:
+            source.close()
+
+
+def _refuse(plan: ConversionPlan, source: Source, allow_lossy: bool) -> None:
+    errors = [InputError("FB-E0620", one.how, tensor=name) for name, one in plan.weights.items() if one.kind == "impossible"]
+    if not allow_lossy:
+        errors += [
+            InputError("FB-E0623", f"{source.stored[name].scheme} would become {one.scheme}: {one.how}", tensor=name)
+            for name, one in plan.weights.items()
+            if one.kind == "lossy"
+        ]
+    if errors:
+        raise Refusals(list(errors))
+
+
+def _write(
+    plan: ConversionPlan, source: Source, out: Path, overwrite: bool, shard_bytes: int, on_weight: Callable[[str, Conversion, float], None] | None
+) -> Converted:
+    form = format_named(plan.target)
+    shapes = _true_shapes(plan, source)
+    entries: list[tuple[str, str, tuple[int, ...]]] = []
+    for name, info in source.manifest.items():
+        one = plan.weights.get(name)
+        if one is None:
+            entries.append((name, info.dtype, info.shape))
+        else:
+            assert one.scheme is not None
+            entries += [(part, *spec) for part, spec in form.parts(name, one.scheme, shapes[name]).items()]
+    schemes: dict[str, Scheme] = {name: one.scheme for name, one in plan.weights.items() if one.scheme is not None}
+    matrices = tuple(name for name in plan.kept if len(source.manifest[name].shape) > 1)
+    permuted = any(stored.facts.get("g_idx") for stored in source.stored.values()) and bool(_settings(source).get("desc_act"))
+    config, beside = form.config(source.config, Assignment(schemes, matrices, solver="convert", options={"desc_act": permuted}))
+    errors: dict[str, float] = {}
+    state = hashlib.sha256()
+    with ShardWriter(out, lay_out(entries, max_shard_bytes=shard_bytes), overwrite=overwrite, sources=[source.root]) as writer:
+        for name in source.manifest:
+            one = plan.weights.get(name)
+            if one is None:
+                writer.write(name, source.checkpoint.read(name))
+                continue
+            q = source.qtensor(name)
+            assert q is not None and one.scheme is not None
+            new, error = regrid(q, one.scheme)
+            if error:
+                errors[name] = error
+            for part, tensor in form.encode(name, new).items():
+                writer.write(part, tensor)
+                state.update(as_bytes(tensor.contiguous()))
+            if on_weight is not None:
+                on_weight(name, one, error)
+        small = {"config.json": readable_json(config).encode()}
+        small |= {name: readable_json(data).encode() for name, data in beside.items()}
+        copies = [file for file in source.checkpoint.aux_files if file.name not in small]
+        facts = {
+            "fewbit": fewbit.__version__,
+            "source": str(source.root),
+            "converted": {"from": plan.source, "to": plan.target, "counts": plan.counts, "errors": plain(errors)},
+            "format": plan.target,
+            "schemes": {} if plan.target.startswith("dense") else {name: str(scheme) for name, scheme in schemes.items()},
+            "codes_sha256": state.hexdigest(),
+        }
+        place = writer.finish(small, copies, facts)
+    return Converted(plan, place, errors, sum(file.stat().st_size for file in place.rglob("*") if file.is_file()))
+
+
+def _settings(source: Source) -> dict[str, Any]:
+    return source.checkpoint.config.get("quantization_config") or {}
+
+
+def _true_shapes(plan: ConversionPlan, source: Source) -> dict[str, tuple[int, ...]]:
+    """Exact shapes of the weights: formats that keep the shape in a tensor are asked for it, the rest have it in their headers."""
+    shapes = {name: tuple(source.stored[name].shape) for name in plan.weights}
+    if plan.source in ("bitsandbytes", "hqq") or any(stored.facts.get("read_shape") for stored in source.stored.values()):
+        for name in shapes:
+            q = source.qtensor(name)
+            assert q is not None
+            shapes[name] = tuple(q.shape)
+    return shapes
+
+

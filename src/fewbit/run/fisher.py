@@ -1,0 +1,139 @@
+"""How much the loss feels an error at each output: grams of loss gradients, by one backward pass, block by block.
+
+For a linear layer y = W x the Fisher information of the model's own predictions factors approximately into E[x xᵀ] and E[g gᵀ], with g the
+gradient of the loss at y, for labels drawn from the model (arXiv 1503.05671; used for rounding in YAQA, arXiv 2505.22988, and
+GuidedQuant, arXiv 2505.07004). The right factor is the gram that every calibrated solver uses; this file gives the left one, `out_gram`.
+
+The pass is checkpointed at blocks: the forward pass keeps each block's inputs (on disk when they are large), the backward pass
+recomputes one block at a time. So it needs one block and its graph in memory, like everything else here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from fewbit.run.acts import ActStore
+from fewbit.run.hf import BlockModel, Params, Read
+from fewbit.run.observe import Observer, Use
+
+MOST_OUTPUTS = 8192  # a gram of more outputs would outweigh everything else in memory
+Tracked = dict[str, str]
+"""Local parameter name -> stored tensor name."""
+
+
+def fisher_pass(
+    model: BlockModel,
+    read: Read,
+    trunk: Params,
+    tokens: torch.Tensor,
+    tracked: list[Tracked],
+    folder: Path,
+    *,
+    batch: int,
+    seed: int,
+    spill: bool,
+    on_block: Callable[[int], None] = lambda index: None,
+) -> None:
+    """Writes `fisher-<block>.safetensors` into `folder` for every block: stored tensor name -> float32 [outputs, outputs].
+
+    Args:
+        tokens: int64 [windows, length]. tracked: per block, the matrices wanted. batch: windows per step.
+        spill: keep hidden states on disk. on_block: called after each block of the backward pass.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        inputs, kwargs, width = _forward(model, read, trunk, tokens, folder, batch, spill, stack)
+        gradient = _top(model, trunk, tokens, inputs[-1], seed, folder if spill else None, stack)
+        for index in reversed(range(len(model))):
+            grams = _backward(model, index, model.load_block(index, read), kwargs[index], inputs[index], gradient, tracked[index])
+            inputs[index].close()
+            _save(grams, folder / f"fisher-{index}.safetensors")
+            on_block(index)
+    (folder / "fisher-done").touch()
+
+
+def load_grams(folder: Path, index: int) -> dict[str, torch.Tensor]:
+    """The grams of a block that `fisher_pass` wrote; empty when it did not run."""
+    path = folder / f"fisher-{index}.safetensors"
+    return load_file(path) if path.exists() else {}
+
+
+def _save(grams: dict[str, torch.Tensor], path: Path) -> None:
+    beside = path.with_name(path.name + ".new")
+    save_file(grams, beside)
+    beside.replace(path)
+
+
+def _store(like: tuple[int, int, int], model: BlockModel, batch: int, path: Path | None, stack: contextlib.ExitStack) -> ActStore:
+    store = ActStore(like, model.dtype, batch, path)
+    stack.callback(store.close)
+    return store
+
+
+def _forward(
+    model: BlockModel, read: Read, trunk: Params, tokens: torch.Tensor, folder: Path, batch: int, spill: bool, stack: contextlib.ExitStack
+) -> tuple[list[ActStore], list[dict[str, Any]], int]:
+    """Inputs of every block and, last, the outputs of the last one."""
+    entry = model.enter(trunk, tokens[:batch])
+    shape = (tokens.shape[0], tokens.shape[1], entry.hidden.shape[-1])
+    recorded = min(batch, tokens.shape[0])
+    stores = [_store(shape, model, batch, folder / f"fisher-in-{i}" if spill else None, stack) for i in range(len(model) + 1)]
+    with torch.no_grad():
+        for number in range(len(stores[0])):
+            start, stop = stores[0].span(number)
+            stores[0].put(number, model.enter(trunk, tokens[start:stop]).hidden)
+        for index in range(len(model)):
+            params = model.load_block(index, read)
+            for number in range(len(stores[0])):
+                hidden = stores[index].get(number).to(model.device)
+                arguments = model.arguments(entry.kwargs[index], recorded, hidden.shape[0])
+                stores[index + 1].put(number, model.run_block(index, params, hidden, arguments))
+    return stores, entry.kwargs, shape[2]
+
+
+def _top(
+    model: BlockModel, trunk: Params, tokens: torch.Tensor, last: ActStore, seed: int, folder: Path | None, stack: contextlib.ExitStack
+) -> ActStore:
+    """Gradient of the loss at the outputs of the last block, labels drawn from the model's own predictions."""
+    gradient = _store(last.shape, model, last.batch, folder / "fisher-gradient" if folder else None, stack)
+    generator = torch.Generator().manual_seed(seed)
+    for number in range(len(last)):
+        start, stop = last.span(number)
+        hidden = last.get(number).to(model.device).clone().requires_grad_(True)
+        with torch.enable_grad():
+            logits = model.leave(trunk, tokens[start:stop], hidden).float().flatten(0, 1)
+            labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(model.device)
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        gradient.put(number, torch.autograd.grad(loss, hidden)[0])
+    return gradient
+
+
+def _backward(
+    model: BlockModel, index: int, params: Params, kwargs: dict[str, Any], inputs: ActStore, gradient: ActStore, tracked: Tracked
+) -> dict[str, torch.Tensor]:
+    """Grams of one block's outputs; `gradient` is turned into the gradient at the block's inputs."""
+    grams: dict[str, torch.Tensor] = {}
+
+    def watch(use: Use, product: torch.Tensor) -> None:
+        if use.expert is None and product.requires_grad and product.shape[-1] <= MOST_OUTPUTS:
+            product.register_hook(lambda g: _add(grams, tracked[use.param], g))
+
+    recorded = min(inputs.batch, inputs.shape[0])
+    for number in range(len(inputs)):
+        hidden = inputs.get(number).to(model.device).clone().requires_grad_(True)
+        arguments = model.arguments(kwargs, recorded, hidden.shape[0])
+        with torch.enable_grad(), Observer({name: params[name] for name in tracked}, on_output=watch):
+            out = model.run_block(index, params, hidden, arguments)
+        gradient.put(number, torch.autograd.grad(out, hidden, gradient.get(number).to(model.device))[0])
+    return {name: gram.cpu() for name, gram in grams.items()}
+
+
+def _add(grams: dict[str, torch.Tensor], name: str, gradient: torch.Tensor) -> None:
+    flat = gradient.detach().flatten(0, -2).float()
+    grams[name] = grams[name] + flat.T @ flat if name in grams else flat.T @ flat
