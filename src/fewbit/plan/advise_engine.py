@@ -15,6 +15,7 @@ from fewbit.formats.table import format_named, format_names
 from fewbit.num.scheme import parse_scheme
 from fewbit.plan.devices import Device
 from fewbit.plan.shapes import Model
+from fewbit.plan.sizes import misfit
 
 # what runs where when nobody says: others take every format
 USUAL_ENGINE = {"datacentre": "vllm", "apple": "llama.cpp", "cpu": "llama.cpp"}
@@ -82,14 +83,15 @@ def misfits(model: Model, target: str) -> tuple[int, int, str]:
     scheme = form.conform(parse_scheme(spelling or form.default_scheme), "BF16")
     odd = total = 0
     first = ""
-    reasons: dict[tuple[int, ...], str | None] = {}
+    reasons: dict[tuple, str | None] = {}
     for weight in model.weights:
         if weight.kept:
             continue
-        if weight.matrix not in reasons:
-            reasons[weight.matrix] = form.accepts(scheme, weight.matrix)
+        key = (weight.matrix, weight.transposed)
+        if key not in reasons:
+            reasons[key] = misfit(weight, form, scheme)
         total += weight.count
-        if reason := reasons[weight.matrix]:
+        if reason := reasons[key]:
             odd, first = odd + weight.count, first or reason
     return odd, total, first
 
@@ -113,7 +115,7 @@ def refusal(model: Model, row: Mapping[str, Any], engine: Engine | None, device:
 def _engine_refusal(model: Model, kind: str, target: str, engine: Engine) -> str:
     form = format_named(kind)
     scheme = form.conform(parse_scheme(target.partition(":")[2] or form.default_scheme), "BF16")
-    for matrix in dict.fromkeys(weight.matrix for weight in model.weights if not weight.kept):
-        if form.accepts(scheme, matrix) is None and (reason := engine_accepts(kind, scheme, matrix, engine.key)):
+    for weight in {weight.matrix: weight for weight in model.weights if not weight.kept}.values():
+        if misfit(weight, form, scheme) is None and (reason := engine_accepts(kind, scheme, weight.matrix, engine.key)):
             return reason
     return ""

@@ -38,6 +38,7 @@ class Weight:
         layer: index of the block, None outside the blocks.
         matrix: shape as [..., out, in], whatever way round it is stored.
         kept: whether quantising leaves it alone by default.
+        transposed: whether it is stored [in, out].
     """
 
     name: str
@@ -49,6 +50,7 @@ class Weight:
     layer: int | None
     matrix: tuple[int, ...]
     kept: bool
+    transposed: bool = False
 
     @property
     def numel(self) -> int:
@@ -204,8 +206,8 @@ def _with_facts(rows: list[tuple[str, tuple[int, ...], str, int]], config: Mappi
     weights = []
     for (name, shape, dtype, count), fact in zip(rows, known.values(), strict=True):
         kind = _kind(name, fact.role)
-        kept = fact.kept or kind == "vision" or len(shape) < 2
-        weights.append(Weight(name, shape, dtype, count, fact.role, kind, fact.layer, fact.matrix_shape(shape), kept))
+        kept, matrix = fact.kept or len(shape) < 2, fact.matrix_shape(shape)
+        weights.append(Weight(name, shape, dtype, count, fact.role, kind, fact.layer, matrix, kept, fact.transposed))
     return tuple(weights)
 
 

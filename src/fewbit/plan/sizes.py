@@ -10,9 +10,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
+from fractions import Fraction
+from math import ceil, prod
 
+from fewbit.base.manifest import data_bytes
 from fewbit.formats.gguf.types import FLOATS, block_type
+from fewbit.formats.table import Format, format_named
 from fewbit.num.scheme import Scheme, parse_scheme
 from fewbit.plan.shapes import Model, Weight
 from fewbit.plan.sizes_gguf import Piece, extra_bytes, gguf_pieces
@@ -113,7 +116,7 @@ def held(model: Model, storage: Storage) -> tuple[Held, ...]:
     known: dict[tuple, Held] = {}
     found = []
     for weight in model.weights:
-        key = (weight.shape, weight.matrix, weight.dtype, weight.kept, weight.count)
+        key = (weight.shape, weight.matrix, weight.dtype, weight.kept, weight.transposed, weight.count)
         if key not in known:
             known[key] = _in_safetensors(weight, storage)
         found.append(known[key])
@@ -121,15 +124,33 @@ def held(model: Model, storage: Storage) -> tuple[Held, ...]:
 
 
 def _in_safetensors(weight: Weight, storage: Storage) -> Held:
-    """Kept weights, and those whose rows are no whole number of groups, stay in their own dtype."""
-    scheme = storage.scheme
-    ragged = (
-        scheme.group_size and not scheme.blocks.flat and weight.matrix[-1:] and weight.matrix[-1] % scheme.group_size
-    )
-    if not storage.plain and (weight.kept or ragged):
+    """What the format itself would store; kept weights, and those that it cannot hold in this scheme, stay in their own dtype.
+
+    Without a target there is no format: then a weight takes what its scheme needs.
+    """
+    name, _, spelling = storage.target.partition(":")
+    if storage.plain or not name:
+        scheme = storage.scheme
+        nbytes = -(-scheme.storage_bits(weight.matrix) // 8) * weight.count
+        return Held(scheme, nbytes, -(-metadata_bits(scheme, weight.matrix) // 8) * weight.count)
+    if weight.kept:
         return Held(None, weight.nbytes, 0)
-    nbytes = -(-scheme.storage_bits(weight.matrix) // 8) * weight.count
-    return Held(scheme, nbytes, -(-metadata_bits(scheme, weight.matrix) // 8) * weight.count)
+    form = format_named(name)
+    scheme = form.conform(parse_scheme(spelling), weight.dtype)
+    if misfit(weight, form, scheme) is not None:
+        return Held(None, weight.nbytes, 0)
+    parts = form.parts(weight.name.replace("*", "0"), scheme, weight.matrix)
+    nbytes = sum(data_bytes(dtype, shape) for dtype, shape in parts.values())
+    codes = ceil(prod(weight.matrix) * Fraction(scheme.grid.bits) / scheme.grid.dim / 8)
+    return Held(scheme, nbytes * weight.count, (nbytes - codes) * weight.count)
+
+
+def misfit(weight: Weight, form: Format, scheme: Scheme) -> str | None:
+    """Why a format cannot hold a weight in a scheme, or None; the same that `plan.resolve` finds."""
+    reason = form.accepts(scheme, weight.matrix)
+    if reason is None and weight.transposed and form.name != "dense":
+        return f"this layer is stored [in, out] (Conv1D), which loaders of {form.name} do not know"
+    return reason
 
 
 @functools.lru_cache(maxsize=4096)

@@ -10,7 +10,7 @@ from fewbit.base.manifest import Manifest, TensorInfo, data_bytes
 from fewbit.formats.gguf.plan import gguf_plan
 from fewbit.num.scheme import parse_scheme
 from fewbit.plan.shapes import Model, Weight
-from fewbit.plan.sizes import LISTED, STORAGES, Storage, held, size_of
+from fewbit.plan.sizes import LISTED, STORAGES, Storage, size_of
 
 from .models import PUBLISHED, config_of, model_of
 
@@ -75,7 +75,8 @@ def test_kept_weights_keep_their_dtype() -> None:
     size = size_of(model, STORAGES["INT4 g128"])
     assert size.by_kind["embedding"] == size.by_kind["head"] == 128256 * 4096 * 2
     body = sum(weight.numel for weight in model.weights if not weight.kept)
-    assert size.by_kind["attention"] + size.by_kind["mlp"] == body * 33 // 64  # 4.125 bits
+    shapes = 7 * 32 * 16  # compressed-tensors keeps the shape of each matrix as two int64
+    assert size.by_kind["attention"] + size.by_kind["mlp"] == body * 33 // 64 + shapes  # 4.125 bits
     assert size.quantised == body / model.params
 
 
@@ -129,24 +130,3 @@ def test_gguf_sizes_are_those_of_public_files(name: str, label: str, gigabytes: 
 
 def test_manifest_of_a_test_is_whole() -> None:
     assert Manifest(_manifest("qwen3-0.6b")).numel == PUBLISHED["qwen3-0.6b"]
-
-
-@pytest.mark.parametrize(
-    "label", [label for label, storage in STORAGES.items() if storage.container == "safetensors" and not storage.plain]
-)
-def test_sizes_follow_from_the_formats_own_parts(label: str) -> None:
-    """What a format stores beside codes, scales and zero points is a few bytes a tensor, never a share of it."""
-    from fewbit.formats.table import format_named
-
-    storage = STORAGES[label]
-    name, _, spelling = storage.target.partition(":")
-    form = format_named(name)
-    scheme = form.conform(parse_scheme(spelling), "BF16")
-    shape = (1024, 2048)
-    stored = sum(
-        data_bytes(dtype, part)
-        for dtype, part in form.parts("model.layers.0.mlp.up_proj.weight", scheme, shape).values()
-    )
-    weight = Weight("w.weight", shape, "BF16", 1, "up", "mlp", 0, shape, False)
-    (row,) = held(Model("one", {}, {}, (weight,), "config"), storage)
-    assert stored == pytest.approx(row.nbytes, rel=0.006)
