@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from fewbit.base.record import canonical_json, digest
-from fewbit.eval.measures import Rounding
+from fewbit.eval.measures import Rounding, softmax
 from fewbit.eval.stream import Runner, States, rows_of
 from fewbit.eval.windows import Windows
 from fewbit.run.acts import ActStore
@@ -60,9 +60,10 @@ def decode_hidden(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def rounding(p_logits: torch.Tensor, restored: torch.Tensor) -> Rounding:
     """How far restored logits are from the exact ones: [rows, vocab] twice."""
-    log_p, log_r = torch.log_softmax(p_logits.double(), -1), torch.log_softmax(restored.double(), -1)
-    p, r = log_p.exp(), log_r.exp()
-    return Rounding((p * (log_p - log_r)).sum(-1).clamp_(min=0), ((p - r).square() / r.clamp_min(1e-300)).sum(-1))
+    exact, near = p_logits.double(), restored.double()
+    (p, norm_p), (r, norm_r) = softmax(exact), softmax(near)
+    kl = (p * (exact - near)).sum(-1) - (norm_p - norm_r)[:, 0]
+    return Rounding(kl.clamp_(min=0), ((p - r).square_() / r.clamp_min(1e-300)).sum(-1))
 
 
 @dataclass

@@ -167,7 +167,7 @@ def measure(reference: Reference, candidates: Sequence[Logits], name: str) -> li
         InputError: FB-E0802 when a candidate has another vocabulary; FB-E0806 when its logits are not finite.
     """
     chosen = reference.windows
-    found = [PerToken() for _ in candidates]
+    found = [PerToken(int(chosen.scored.sum())) for _ in candidates]
     for window, positions, p_logits, exactness, nll in reference.rows():
         target = chosen.tokens[window, positions + 1]
         for into, logits in zip(found, candidates, strict=True):
@@ -182,7 +182,7 @@ def measure(reference: Reference, candidates: Sequence[Logits], name: str) -> li
                 parts["base_nll"] = nll.double()
             count = torch.ones_like(positions)
             into.add(**parts, window=count * window, position=positions, cluster=count * chosen.clusters[window])
-    return [part.joined() for part in found]
+    return [part.measures for part in found]
 
 
 def stored_logits(runner: Runner, tokens: torch.Tensor, hidden: ActStore) -> Logits:

@@ -26,38 +26,29 @@ Estimate = tuple[float, float]
 """A value and its standard error."""
 
 
-@dataclass
-class PerToken:
-    """Measures of every scored position, in window order, a part for each batch.
+FLOATS = ("base_nll", "nll", "kl", "kl_slack", "delta_p", "top1", "top5", "base_best_p", "best_p")
+INDICES = ("base_best", "best", "target", "window", "position", "cluster")
 
-    base_nll, nll, kl, delta_p, top1, top5: float64; base_best, best: int64, the likeliest token of each model; base_best_p, best_p: float64, what each
-    model gives to its own likeliest token; target, window, position, cluster: int64. kl_slack: float64, bound on the error of kl that a
+
+class PerToken:
+    """Measures of every scored position, in window order; room for all of them is taken at once, so that batches leave no holes in memory.
+
+    base_nll, nll, kl, delta_p, top1, top5: float64; base_best, best: int64, the likeliest token of each model; base_best_p, best_p: float64, what
+    each model gives to its own likeliest token; target, window, position, cluster: int64. kl_slack: float64, bound on the error of kl that a
     rounded base brings (see `cache`).
     """
 
-    base_nll: list[torch.Tensor] = field(default_factory=list)
-    nll: list[torch.Tensor] = field(default_factory=list)
-    kl: list[torch.Tensor] = field(default_factory=list)
-    kl_slack: list[torch.Tensor] = field(default_factory=list)
-    delta_p: list[torch.Tensor] = field(default_factory=list)
-    top1: list[torch.Tensor] = field(default_factory=list)
-    top5: list[torch.Tensor] = field(default_factory=list)
-    base_best: list[torch.Tensor] = field(default_factory=list)
-    base_best_p: list[torch.Tensor] = field(default_factory=list)
-    best: list[torch.Tensor] = field(default_factory=list)
-    best_p: list[torch.Tensor] = field(default_factory=list)
-    target: list[torch.Tensor] = field(default_factory=list)
-    window: list[torch.Tensor] = field(default_factory=list)
-    position: list[torch.Tensor] = field(default_factory=list)
-    cluster: list[torch.Tensor] = field(default_factory=list)
+    def __init__(self, positions: int) -> None:
+        self.measures = {name: torch.empty(positions, dtype=torch.float64) for name in FLOATS}
+        self.measures |= {name: torch.empty(positions, dtype=torch.int64) for name in INDICES}
+        self._filled = 0
 
     def add(self, **parts: torch.Tensor) -> None:
-        """One batch of positions: a tensor for every field."""
-        for name, part in parts.items():
-            getattr(self, name).append(part.cpu())
-
-    def joined(self) -> dict[str, torch.Tensor]:
-        return {name: torch.cat(parts) for name, parts in vars(self).items() if parts}
+        """One batch of positions: a tensor for every measure."""
+        stop = self._filled + parts["kl"].numel()
+        for name, values in self.measures.items():
+            values[self._filled : stop] = parts[name]
+        self._filled = stop
 
 
 @dataclass(frozen=True)
@@ -81,17 +72,20 @@ def compare(
         target: int64 [positions], the token that came next.
         rounding: where the base's logits are not exact.
     """
-    log_p, log_q = torch.log_softmax(p_logits.double(), -1), torch.log_softmax(q_logits.double(), -1)
-    right = target.to(log_p.device).unsqueeze(-1)
-    p_right, q_right = log_p.gather(-1, right)[:, 0], log_q.gather(-1, right)[:, 0]
-    few = min(5, log_p.shape[-1])
-    best_p, best_q = log_p.topk(few, -1), log_q.topk(few, -1)
-    p, ratio = log_p.exp(), log_p - log_q
-    kl = (p * ratio).sum(-1)
+    right = target.to(p_logits.device).unsqueeze(-1)
+    few = min(5, p_logits.shape[-1])
+    best_p, best_q = p_logits.topk(few, -1), q_logits.topk(few, -1)
+    whole_p, whole_q = p_logits.double(), q_logits.double()
+    p, norm_p = softmax(whole_p)
+    norm_q = softmax(whole_q)[1]
+    p_right, q_right = (whole_p.gather(-1, right) - norm_p)[:, 0], (whole_q.gather(-1, right) - norm_q)[:, 0]
+    gap = torch.sub(whole_p, whole_q, out=whole_q)  # log p - log q, but for norm_q - norm_p
+    mean = (p * gap).sum(-1, keepdim=True)
+    kl = (mean + norm_q - norm_p)[:, 0]
     slack = torch.zeros_like(kl)
     if rounding is not None:
         # KL(p||q) - KL(p~||q) = KL(p||p~) + sum (p - p~)(log p~/q - c) for any c; with c the mean, Cauchy-Schwarz bounds the sum
-        variance = (p * (ratio - kl.unsqueeze(-1)).square()).sum(-1)
+        variance = (p * gap.sub_(mean).square_()).sum(-1)
         slack = rounding.kl.to(kl.device) + (rounding.chi2.to(kl.device) * variance).sqrt()
     return {
         "base_nll": -p_right,
@@ -102,9 +96,9 @@ def compare(
         "top1": (best_p.indices[:, 0] == best_q.indices[:, 0]).double(),
         "top5": (best_p.indices.unsqueeze(-1) == best_q.indices.unsqueeze(-2)).any(-1).double().mean(-1),
         "base_best": best_p.indices[:, 0],
-        "base_best_p": best_p.values[:, 0].exp(),
+        "base_best_p": (best_p.values[:, :1].double() - norm_p).exp()[:, 0],
         "best": best_q.indices[:, 0],
-        "best_p": best_q.values[:, 0].exp(),
+        "best_p": (best_q.values[:, :1].double() - norm_q).exp()[:, 0],
         "target": target,
     }
 

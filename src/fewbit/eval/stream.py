@@ -29,6 +29,7 @@ from fewbit.run.observe import Observer, Use
 BATCH_TOKENS = 4096
 SPILL_SHARE = 0.25  # of the budget that hidden states may take before they go to a file
 LOGIT_COPIES = 104  # bytes per logit while two models are compared: float32 and float64 copies, measured
+OVERHEAD = 64 << 20  # what libraries and the allocator keep
 ROW_BYTES = 192 << 20  # of logits in hand, where no budget is smaller
 
 
@@ -190,7 +191,12 @@ def peak_bytes(source: FloatSource, runner: Runner, tokens: torch.Tensor, candid
     rows = LOGIT_COPIES * runner.vocab * runner.room.rows(runner.vocab)
     batch = 64 * runner.width * tokens.shape[1] * min(tokens.shape[0], runner.room.batch(tokens.shape[1], runner.width))
     block = item * max(sizes, default=0) + 8 * largest + batch
-    return trunk * (2 if candidates else 1) + (0 if spilled else hidden * (2 if candidates else 1)) + max(block, rows)
+    return (
+        OVERHEAD
+        + trunk * (2 if candidates else 1)
+        + (0 if spilled else hidden * (2 if candidates else 1))
+        + max(block, rows)
+    )
 
 
 class ActivationQuantiser:
