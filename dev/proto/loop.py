@@ -74,7 +74,7 @@ def fisher(ids: torch.Tensor, windows: int = 128, seed: int = 0) -> dict[str, di
 
 
 @torch.no_grad()
-def run(solve, ids: torch.Tensor, *, token_weight=None, residual: bool = True) -> dict[str, torch.Tensor]:
+def run(solve, ids: torch.Tensor, *, token_weight=None, residual: bool = True, after_block=None) -> dict[str, torch.Tensor]:
     """Quantise all linears in order. solve(name, w, stats) -> w_hat; stats: gram, cross (wanted output x input / n: w Xf Xq^T)."""
     hf_all = float_states(ids)
     w = S.weights()
@@ -83,7 +83,7 @@ def run(solve, ids: torch.Tensor, *, token_weight=None, residual: bool = True) -
     for layer in range(S.LAYERS):
         hf = hf_all[layer]
         bf, bq = S.Block(w, layer), S.Block(done, layer)
-        stage_f, stage_q = hf, hq
+        stage_f, stage_q, start_q = hf, hq, hq
         for stage, names in S.LINEARS.items():
             n_in = bf.w[names[0]].shape[1]
             groups = {n: n for n in names} if token_weight else {names[0]: None}
@@ -119,4 +119,8 @@ def run(solve, ids: torch.Tensor, *, token_weight=None, residual: bool = True) -
                 stage_f, stage_q = hf, hq
             else:
                 stage_f, stage_q = torch.cat(fx), torch.cat(fq)
+        if after_block is not None:
+            for n, value in after_block(layer, bq, start_q, hf).items():
+                done[f"model.layers.{layer}.{n}.weight"] = bq.w[n] = value
+            hq = torch.cat([bq(c) for c in start_q.split(CHUNK)])
     return done

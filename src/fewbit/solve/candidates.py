@@ -23,7 +23,7 @@ from fewbit.num.scheme import Scheme
 from fewbit.solve.gptq_loop import Parameters
 
 NAMES = ("scale", "code_shift", "value_shift")
-COARSE = (1.0, 0.82, 0.88, 0.94, 1.06, 1.12)  # factors of a directly stored scale while codes are still free
+COARSE = (1.0, 0.86, 0.93, 1.07, 1.14)  # factors of a directly stored scale while codes are still free
 FINE = (1.0, 0.97, 0.99, 1.01, 1.03)  # and once they are chosen
 
 

@@ -87,6 +87,16 @@ class Parameters:
     shift: torch.Tensor
     gid: torch.Tensor
 
+    def filled(self, count: int) -> Parameters:
+        """The same with the first candidate repeated up to `count`, if there is any choice at all."""
+        missing = count - self.scale.shape[2]
+        if self.scale.shape[2] == 1 or missing <= 0:
+            return self
+        parts = (
+            torch.cat([part, part[..., :1].expand(-1, -1, missing)], -1) for part in (self.scale, self.zero, self.shift)
+        )
+        return Parameters(*parts, self.gid)
+
 
 @dataclass
 class Block:
@@ -177,7 +187,7 @@ def _kernel_block(
     """`round_block`, or with `rows` `round_tile`, by the compiled kernel (CPU)."""
     from fewbit.math.kernels import gptq
 
-    p = block.params
+    p = block.params.filled(gptq.LANES)
     arrays = [t.contiguous().numpy() for t in (block.upper, block.weight, p.scale, p.zero, p.shift, p.gid)]
     grid = (
         rounder.uniform,

@@ -17,7 +17,9 @@ from fewbit.solve.gptq import SOLVER
 NEEDS = frozenset({"gram", "cross_gram"})
 
 
-def make(rows: int = 24, cols: int = 256, seed: int = 0, drift: float = 0.0) -> tuple[torch.Tensor, Stats, torch.Tensor, torch.Tensor]:
+def make(
+    rows: int = 24, cols: int = 256, seed: int = 0, drift: float = 0.0
+) -> tuple[torch.Tensor, Stats, torch.Tensor, torch.Tensor]:
     """Weights, statistics, inputs of the quantised path and of the float path."""
     gen = torch.Generator().manual_seed(seed)
     w = torch.randn(rows, cols, generator=gen) * 0.05

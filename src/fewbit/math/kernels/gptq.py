@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
+LANES = 16  # candidates tried at once; the caller repeats the first to fill up
 _FAST = {"contract", "nsz"}  # fused multiply-add; never reassociates
 
 
@@ -43,26 +44,56 @@ def _decoded(x, s, z, v, uniform, low, high, levels, edges):
 
 
 @njit(cache=True, fastmath=_FAST)
-def _trial(buf, x, w, upper, weight, j0, j1, s, z, v, uniform, low, high, levels, edges, bound):
-    """Loss of rounding columns j0 … j1 of one row with given parameters; gives up above `bound`."""
-    for j in range(j0, j1):
-        buf[j] = x[j]
-    loss = np.float32(0.0)
-    for j in range(j0, j1):
-        _, value = _decoded(buf[j], s, z, v, uniform, low, high, levels, edges)
-        miss = buf[j] - value
-        loss += weight[j] * miss * miss
-        if loss >= bound:
-            return loss
-        error = w[j] - value
-        for k in range(j + 1, j1):
-            buf[k] += error * upper[j, k]
-    return loss
+def _best_trial(lanes, x, w, upper, weight, j0, j1, scale, zero, shift, uniform, low, high, levels, edges):
+    """Which of the candidates loses least when columns j0 ... j1 of one row are rounded with it.
+
+    scale, zero, shift [LANES]; lanes [>= j1 - j0, LANES] is scratch: column by column, the row as each candidate would leave it.
+    """
+    total, error = np.zeros(LANES, np.float32), np.empty(LANES, np.float32)
+    inverse = np.empty(LANES, np.float32)
+    for c in range(LANES):
+        inverse[c] = np.float32(1.0) / scale[c] if scale[c] != 0 else np.float32(0.0)
+    for j in range(j1 - j0):
+        for c in range(LANES):
+            lanes[j, c] = x[j0 + j]
+    few = edges.shape[0] <= 16
+    for j in range(j1 - j0):
+        cost, wanted = weight[j0 + j], w[j0 + j]
+        if uniform:
+            for c in range(LANES):
+                level = np.rint((lanes[j, c] - shift[c]) * inverse[c] + zero[c])
+                level = min(max(level, low), high)
+                error[c] = (level - zero[c]) * scale[c] + shift[c]
+        elif few:
+            for c in range(LANES):
+                u = (lanes[j, c] - shift[c]) * inverse[c] + zero[c]
+                level = levels[0]
+                for k in range(edges.shape[0]):
+                    level = levels[k + 1] if u > edges[k] else level
+                error[c] = (level - zero[c]) * scale[c] + shift[c]
+        else:
+            for c in range(LANES):
+                u = (lanes[j, c] - shift[c]) * inverse[c] + zero[c]
+                level = levels[int(_nearest(u, False, low, high, edges))]
+                error[c] = (level - zero[c]) * scale[c] + shift[c]
+        for c in range(LANES):
+            miss = lanes[j, c] - error[c]
+            total[c] += cost * miss * miss
+            error[c] = wanted - error[c]
+        for k in range(j + 1, j1 - j0):
+            f = upper[j0 + j, j0 + k]
+            for c in range(LANES):
+                lanes[k, c] += error[c] * f
+    best = 0
+    for c in range(1, LANES):
+        if total[c] < total[best]:
+            best = c
+    return best
 
 
 @njit(cache=True, fastmath=_FAST)
 def _round_row(
-    w, x, buf, upper, weight, scale, zero, shift, gid, uniform, low, high, levels, edges, codes, out, choice
+    w, x, lanes, upper, weight, scale, zero, shift, gid, uniform, low, high, levels, edges, codes, out, choice
 ):
     """Round one row of a block. x: targets, fed on the way; scale, zero, shift [groups, candidates]; -> loss."""
     cols, candidates = x.shape[0], scale.shape[1]
@@ -70,33 +101,15 @@ def _round_row(
     c = 0
     for j in range(cols):
         g = gid[j]
+        if j == 0 or gid[j - 1] != g:
+            c = 0
         if candidates > 1 and (j == 0 or gid[j - 1] != g):
             end = j + 1
             while end < cols and gid[end] == g:
                 end += 1
-            best = np.float32(np.inf)
-            c = 0
-            for t in range(candidates):
-                trial = _trial(
-                    buf,
-                    x,
-                    w,
-                    upper,
-                    weight,
-                    j,
-                    end,
-                    scale[g, t],
-                    zero[g, t],
-                    shift[g, t],
-                    uniform,
-                    low,
-                    high,
-                    levels,
-                    edges,
-                    best,
-                )
-                if trial < best:
-                    best, c = trial, t
+            c = _best_trial(
+                lanes, x, w, upper, weight, j, end, scale[g], zero[g], shift[g], uniform, low, high, levels, edges
+            )
             choice[g] = c
         index, value = _decoded(x[j], scale[g, c], zero[g, c], shift[g, c], uniform, low, high, levels, edges)
         codes[j] = np.int32(index)
@@ -123,11 +136,11 @@ def round_rows(
         codes: int32 [rows, cols]; out: float32 [rows, cols]; choice: int32 [rows, groups]; loss: float64 [rows]: written.
     """
     for i in prange(x.shape[0]):
-        buf = np.empty(x.shape[1], np.float32)
+        lanes = np.empty((x.shape[1], LANES), np.float32)
         loss[i] = _round_row(
             w[i],
             x[i],
-            buf,
+            lanes,
             upper,
             weight,
             scale[i],
@@ -178,7 +191,7 @@ def round_tile(
         The rest as for `round_rows`.
     """
     rows, cols = x.shape
-    buf = np.empty(cols, np.float32)
+    lanes = np.empty((cols, LANES), np.float32)
     fed = np.empty(cols, np.float32)
     for i in range(rows):
         for k in range(i):
@@ -191,7 +204,7 @@ def round_tile(
         loss[i] = rows_weight[i] * _round_row(
             w[i],
             x[i],
-            buf,
+            lanes,
             upper,
             weight,
             scale[i],
@@ -212,25 +225,29 @@ def round_tile(
 
 
 @njit(cache=True, fastmath=_FAST)
-def _best_parameters(value, slope, level, gram, curvature, j0, j1, scale, zero, shift, present, tolerance):
+def _best_parameters(scratch, slope, level, gram, sums, curvature, j0, j1, scale, zero, shift):
     """Index of the candidate parameters with the least loss for given codes, by the exact quadratic.
 
     value = level * s + c with c = shift - zero * s, so candidates differ in two numbers; five sums over the group say what each costs.
+    The present parameters come first and stay unless another is better by more than rounding. sums: of the group's part of each row of gram.
     """
     ll, lo, oo, pl, po = 0.0, 0.0, 0.0, 0.0, 0.0
     for j in range(j0, j1):
-        hl, ho = 0.0, 0.0
-        for k in range(j0, j1):
-            hl += gram[j, k] * level[k]
-            ho += gram[j, k]
-        ll += level[j] * hl
-        lo += level[j] * ho
-        oo += ho
+        scratch[j] = np.float32(0.0)
+    for k in range(j0, j1):
+        f = level[k]
+        if f != 0:
+            for j in range(j0, j1):
+                scratch[j] += gram[k, j] * f
+    for j in range(j0, j1):
+        ll += level[j] * scratch[j]
+        lo += scratch[j]
+        oo += sums[j]
         pl += slope[j] * level[j]
         po += slope[j]
-    s0 = scale[present]
-    c0 = shift[present] - zero[present] * s0
-    best, chosen = -tolerance * abs(curvature * ll * s0 * s0), present
+    s0 = scale[0]
+    c0 = shift[0] - zero[0] * s0
+    best, chosen = -1e-6 * abs(curvature * ll * s0 * s0), 0
     for t in range(scale.shape[0]):
         ds = scale[t] - s0
         dc = shift[t] - zero[t] * scale[t] - c0
@@ -240,12 +257,44 @@ def _best_parameters(value, slope, level, gram, curvature, j0, j1, scale, zero, 
     return chosen
 
 
+@njit(cache=True, fastmath=_FAST)
+def _prepared(gram, gid):
+    """(sum of each row of gram over the columns of its own group, 1 / diagonal)."""
+    cols = gram.shape[0]
+    sums, inverse = np.zeros(cols, np.float32), np.empty(cols, np.float32)
+    for j in range(cols):
+        inverse[j] = np.float32(1.0) / gram[j, j]
+        for k in range(cols):
+            if gid[k] == gid[j]:
+                sums[j] += gram[j, k]
+    return sums, inverse
+
+
 @njit(cache=True, fastmath=_FAST | {"reassoc"})
 def _sweep_row(
-    value, slope, level, index, gram, curvature, scale, zero, shift, gid, choice, uniform, low, high, levels, edges
+    scratch,
+    sums,
+    inverse,
+    value,
+    slope,
+    level,
+    index,
+    gram,
+    curvature,
+    scale,
+    zero,
+    shift,
+    gid,
+    choice,
+    uniform,
+    low,
+    high,
+    levels,
+    edges,
 ):
     """Settle the parameters of every group of one row, then every code, each at its best with all others held; -> codes changed."""
     cols = value.shape[0]
+    per = np.float32(1.0) / curvature
     changed = 0
     start = 0
     while start < cols:
@@ -255,7 +304,7 @@ def _sweep_row(
             end += 1
         if scale.shape[1] > 1:
             choice[g] = _best_parameters(
-                value, slope, level, gram, curvature, start, end, scale[g], zero[g], shift[g], 0, 1e-6
+                scratch, slope, level, gram, sums, curvature, start, end, scale[g], zero[g], shift[g]
             )
         s, z, v = scale[g, choice[g]], zero[g, choice[g]], shift[g, choice[g]]
         if choice[g] != 0:
@@ -266,7 +315,7 @@ def _sweep_row(
                 for k in range(cols):
                     slope[k] += move * gram[j, k]
         for j in range(start, end):
-            wanted = value[j] - slope[j] / (curvature * gram[j, j])
+            wanted = value[j] - slope[j] * inverse[j] * per
             i, new = _decoded(wanted, s, z, v, uniform, low, high, levels, edges)
             if new != value[j]:
                 move = (new - value[j]) * curvature
@@ -289,8 +338,13 @@ def sweep_rows(
         index: int32 [rows, cols] level indices; gram: float32 [cols, cols], its diagonal positive.
         scale, zero, shift: [rows, groups, candidates], the present parameters first; choice: int32 [rows, groups]; changed: int64 [rows].
     """
+    sums, inverse = _prepared(gram, gid)
     for i in prange(value.shape[0]):
+        scratch = np.empty(value.shape[1], np.float32)
         changed[i] = _sweep_row(
+            scratch,
+            sums,
+            inverse,
             value[i],
             slope[i],
             level[i],
@@ -316,11 +370,15 @@ def sweep_tile(
 ):
     """`sweep_rows` for a tile of rows coupled by `outer` float32 [rows, rows]: slope is half the gradient of tr(G E H E^T)."""
     rows, cols = value.shape
-    before, own = np.empty(cols, np.float32), np.empty(cols, np.float32)
+    scratch, own = np.empty(cols, np.float32), np.empty(cols, np.float32)
+    sums, inverse = _prepared(gram, gid)
     for i in range(rows):
         for j in range(cols):
-            before[j], own[j] = value[i, j], slope[i, j]
+            own[j] = slope[i, j]
         changed[i] = _sweep_row(
+            scratch,
+            sums,
+            inverse,
             value[i],
             slope[i],
             level[i],
