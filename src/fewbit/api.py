@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewbit.formats.gguf.vocabulary import FILES as VOCABULARY_FILES
 from fewbit.base.errors import InputError, QualityError, Refusals, ResourceError
 from fewbit.plan.jobs import Plan
 from fewbit.plan.recipe import Recipe, recipe_from
@@ -75,7 +76,7 @@ def _decide(source: Source, model: str, recipe: Recipe, out: Path | None, ram: i
     if source.quantised and not recipe.requantize:
         assert source.format is not None
         raise Refusals([InputError("FB-E0410", f"the source is already quantised ({source.format.name})", file=source.root)])
-    plan = resolve(source.manifest, source.config, recipe, source=model)
+    plan = resolve(source.manifest, source.config, recipe, source=model, files=tokenizer_files(source))
     problems: list[Any] = []
     jobs = [job for output in plan.outputs for job in output.jobs]
     try:
@@ -87,6 +88,11 @@ def _decide(source: Source, model: str, recipe: Recipe, out: Path | None, ram: i
     if problems:
         raise Refusals(problems)
     return replace(plan, warnings=(*source.checkpoint.warnings, *plan.warnings))
+
+
+def tokenizer_files(source: Source) -> dict[str, bytes]:
+    """Contents of the tokenizer's files by name."""
+    return {path.name: path.read_bytes() for path in source.checkpoint.aux_files if path.name in VOCABULARY_FILES}
 
 
 def _disk_problems(plan: Plan, out: Path) -> list[ResourceError]:

@@ -77,6 +77,7 @@ class Format:
         default_scheme: used when the user gives none after the colon.
         engines: what loads it, for `fewbit formats` and the advisor.
         config: (source config, Assignment) -> (new config.json, {file name: JSON data} written beside it).
+        one_scheme: whether all quantised weights of a checkpoint must have the same scheme, as the config has room for one.
         conform: (scheme, model dtype) -> the scheme as this format stores it (e.g. scales in the model's dtype).
     """
 
@@ -92,10 +93,12 @@ class Format:
     config: Callable[[dict[str, Any], Assignment], tuple[dict[str, Any], dict[str, Any]]]
     detect: Callable[[dict[str, Any], Manifest], dict[str, Stored] | None]
     conform: Callable[[Scheme, str], Scheme] = lambda scheme, dtype: scheme
+    one_scheme: bool = False
 
 
 # name -> module that defines FORMAT (or module:NAME of the row); the order is the order of detection and of `fewbit formats`
 _ROWS: dict[str, str] = {
+    "gguf": "fewbit.formats.gguf.format",
     "compressed-tensors": "fewbit.formats.compressed",
     "gptq": "fewbit.formats.gptq",
     "gptq-v2": "fewbit.formats.gptq:V2",

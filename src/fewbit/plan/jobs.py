@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fewbit.base.manifest import data_bytes
@@ -87,6 +87,7 @@ class Output:
         jobs: in the order in which tensors lie in the output.
         config: the new config.json (safetensors outputs) or metadata (GGUF).
         small_files: JSON files written beside it, by name.
+        carry: what the sink of the container needs besides; no part of the record.
     """
 
     target: str
@@ -95,6 +96,7 @@ class Output:
     jobs: tuple[Job, ...]
     config: dict[str, Any] = field(default_factory=dict)
     small_files: dict[str, Any] = field(default_factory=dict)
+    carry: Any = None
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +115,10 @@ class Output:
     def bits_per_weight(self) -> float:
         """Bits per parameter of the whole output, kept tensors included."""
         return 8 * self.nbytes / max(1, sum(job.numel for job in self.jobs))
+
+    def record(self) -> dict[str, Any]:
+        """The output as plain data."""
+        return {**plain(replace(self, jobs=(), carry=None)), "jobs": [job.record() for job in self.jobs]}
 
     def groups(self) -> Iterator[tuple[tuple[str, str, str], int, int, int]]:
         """The table of what happens: ((role, scheme or dtype, reason), tensors, parameters, bytes) in order of first appearance."""
@@ -151,5 +157,5 @@ class Plan:
 
     def record(self) -> dict[str, Any]:
         """The plan as plain data, for `--json` and the journal."""
-        outputs = [{**plain(out), "jobs": [job.record() for job in out.jobs]} for out in self.outputs]
-        return {**plain(self), "outputs": outputs}
+        outputs = [out.record() for out in self.outputs]
+        return {**plain(replace(self, outputs=())), "outputs": outputs}

@@ -15,6 +15,7 @@ from fewbit.base.manifest import Manifest, TensorInfo
 from fewbit.base.names import matches
 from fewbit.formats.table import Assignment, Format, format_named
 from fewbit.num.scheme import Scheme, parse_scheme
+from fewbit.plan.gguf import resolve_gguf
 from fewbit.plan.jobs import Job, Output, Plan
 from fewbit.plan.recipe import Recipe, Rule, parse_target
 from fewbit.solve.table import SOLVERS
@@ -66,8 +67,18 @@ def _last_rule(rules: tuple[Rule, ...], name: str) -> Rule | None:
     return next((rule for rule in reversed(rules) if matches(rule.pattern, name)), None)
 
 
-def resolve(manifest: Manifest, config: Mapping[str, Any], recipe: Recipe, *, source: str = "") -> Plan:
+def resolve(
+    manifest: Manifest,
+    config: Mapping[str, Any],
+    recipe: Recipe,
+    *,
+    source: str = "",
+    files: Mapping[str, bytes] | None = None,
+) -> Plan:
     """The plan of a recipe for a checkpoint.
+
+    Args:
+        files: contents of the tokenizer's files by name, for outputs that hold the vocabulary themselves (GGUF).
 
     Raises:
         Refusals: every reason at once: unknown words, rules that match nothing, shapes that do not suit, options that clash.
@@ -83,7 +94,19 @@ def resolve(manifest: Manifest, config: Mapping[str, Any], recipe: Recipe, *, so
     outputs = []
     for target in recipe.to:
         try:
-            outputs.append(_resolve_output(target, manifest, config, known, recipe, errors))
+            name, spelling, options = parse_target(target)
+            form = format_named(name)
+            if form.container == "gguf":
+                words = (target, spelling or form.default_scheme, options)
+                label = source.rstrip("/").rpartition("/")[2] or "model"
+                output, notes = resolve_gguf(*words, manifest, config, known, recipe, files or {}, label)
+                outputs.append(output)
+                warnings += [f"{target}: {note}" for note in notes]
+            else:
+                base = parse_scheme(spelling or form.default_scheme)
+                outputs.append(_resolve_output(target, form, base, options, manifest, config, known, recipe, errors))
+        except Refusals as refused:
+            errors += refused.errors
         except FewbitError as error:
             errors.append(error)
     if errors:
@@ -111,8 +134,9 @@ def _check_recipe(manifest: Manifest, recipe: Recipe, known: Mapping[str, Tensor
                 if option not in SOLVERS[method].options and method == recipe.method:
                     has = ", ".join(SOLVERS[method].options) or "none"
                     errors.append(InputError("FB-E0405", f"method {method} has no option {option!r}; it has {has}"))
+    gguf = any(target.startswith("gguf") for target in recipe.to)  # rules may name tensors as the GGUF does
     for rule in recipe.rules:
-        if not any(matches(rule.pattern, name) for name in manifest):
+        if not gguf and not any(matches(rule.pattern, name) for name in manifest):
             errors.append(InputError("FB-E0407", f"the rule {rule.pattern!r} matches no tensor", remedy="see the names with `fewbit inspect`"))
         if rule.scheme != "keep":
             _gather(errors, parse_scheme, rule.scheme)
@@ -132,15 +156,15 @@ def _gather(errors: list[FewbitError], call: Any, *args: Any) -> Any:
 
 def _resolve_output(
     target: str,
+    form: Format,
+    base: Scheme,
+    options: dict[str, str],
     manifest: Manifest,
     config: Mapping[str, Any],
     known: Mapping[str, TensorFacts],
     recipe: Recipe,
     errors: list[FewbitError],
 ) -> Output:
-    name, spelling, options = parse_target(target)
-    form = format_named(name)
-    base = parse_scheme(spelling or form.default_scheme)
     jobs = []
     for tensor, info in manifest.items():
         try:
@@ -157,7 +181,7 @@ def _resolve_output(
     if not assignment.schemes and not errors:
         raise InputError("FB-E0409", f"{target}: no tensor would be quantised", remedy="check the rules and --include")
     new_config, small_files = form.config(dict(config), assignment)
-    return Output(target, name, options, tuple(jobs), new_config, small_files)
+    return Output(target, form.name, options, tuple(jobs), new_config, small_files)
 
 
 def _job(

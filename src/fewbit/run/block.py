@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fewbit.arch.infer import facts
 from fewbit.base.errors import FewbitError, InputError
+from fewbit.formats.gguf.ops import apply_quantised
 from fewbit.math.stats import Stats
 from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import Scheme
@@ -70,7 +72,10 @@ class Calibrated:
         self.by_tensor: dict[str, list[Group]] = {}
         for group in groups:
             if group.job.scheme is not None and SOLVERS[group.job.solver].needs:
-                self.by_tensor.setdefault(group.job.name, []).append(group)
+                for name in group.job.reads:
+                    self.by_tensor.setdefault(name, []).append(group)
+        self.known = facts(source.manifest, source.config)
+        self.pieces: dict[str, dict[str, Solved]] = {}
         self.needs = frozenset(run.plan.needs)
         vocab = self._vocabulary()
         self.text: Calibration = calibration(
@@ -196,7 +201,8 @@ class Calibrated:
             for slot, found in zip(members, answers, strict=True):
                 self._put_back(params, model.local(index, slot), slot, found[0][1].q)
                 solved_names.add(slot.name)
-                yield from found
+                for group, piece in found:
+                    yield from self._assembled(group, slot.name, piece)
         for name in slots.keys() - solved_names:  # never multiplied by: no statistics exist
             yield from self._without_stats(name, "no matrix product of the calibration pass used it")
         self._advance(index, params, kwargs, quantised)
@@ -268,13 +274,26 @@ class Calibrated:
 
     def _solve(self, index: int, slot: Slot, stats: dict[int | None, Stats]) -> list[tuple[Group, Solved]]:
         """All answers for one stored tensor: one per scheme that the outputs ask for. The first is the one that is propagated."""
-        from fewbit.run.engine import read_weight
+        return [(group, self._answer(group.job, slot, self._matrix(slot.name), stats)) for group in self.by_tensor[slot.name]]
 
-        answers = []
-        weight = read_weight(self.run.source, self.by_tensor[slot.name][0].job).to(self.model.device)
-        for group in self.by_tensor[slot.name]:
-            answers.append((group, self._answer(group.job, slot, weight, stats)))
-        return answers
+    def _matrix(self, name: str) -> torch.Tensor:
+        """A stored weight as solvers want it, [..., out, in]: transforms that move whole rows come after solving."""
+        weight = self.run.source.read(name)
+        turned = self.known[name].transposed
+        return (weight.transpose(-1, -2).contiguous() if turned else weight).to(self.model.device)
+
+    def _assembled(self, group: Group, name: str, piece: Solved) -> Iterator[tuple[Group, Solved]]:
+        """A job's answer once all the tensors that it is made of are solved, rows moved as its output wants them."""
+        pieces = self.pieces.setdefault(group.key, {})
+        pieces[name] = piece
+        if len(pieces) < len(group.job.reads):
+            return
+        del self.pieces[group.key]
+        ordered = [pieces[read] for read in group.job.reads]
+        rest = tuple(op for op in group.job.ops if op != "transpose")
+        q = apply_quantised(rest, [one.q for one in ordered]) if rest else ordered[0].q
+        notes = tuple(dict.fromkeys(note for one in ordered for note in one.notes))
+        yield group, Solved(q, sum(one.loss for one in ordered), notes)
 
     def _answer(self, job: Job, slot: Slot, weight: torch.Tensor, stats: dict[int | None, Stats]) -> Solved:
         if weight.dim() == 3 and slot.expert is None and set(stats) != {None}:
@@ -310,17 +329,14 @@ class Calibrated:
     def _put_back(self, params: Params, local: str, slot: Slot, q: QTensor) -> None:
         """Replaces a weight of the running block by what its codes stand for."""
         value = q.dequantize()
-        if any("transpose" in group.job.ops for group in self.by_tensor[slot.name]):
+        if self.known[slot.name].transposed:
             value = value.transpose(-1, -2)
         slot.view(params[local]).copy_(value.to(self.model.dtype))
 
     def _without_stats(self, name: str, why: str) -> Iterator[tuple[Group, Solved]]:
-        from fewbit.run.engine import read_weight
-
         for group in self.by_tensor[name]:
-            weight = read_weight(self.run.source, group.job)
-            found = SOLVERS["rtn"](weight, None, group.job.scheme, seed=self.run.plan.recipe["seed"])
-            yield group, replace(found, notes=(f"fallback to rtn: {why}",))
+            found = SOLVERS["rtn"](self._matrix(name), None, group.job.scheme, seed=self.run.plan.recipe["seed"])
+            yield from self._assembled(group, name, replace(found, notes=(f"rounded to nearest: {why}",)))
 
     # ---- outside the blocks
 
@@ -340,7 +356,8 @@ class Calibrated:
             if slot is None or not stats:
                 yield from self._without_stats(name, "no matrix product of the calibration pass used it")
             else:
-                yield from self._solve(len(self.model), slot, stats)
+                for group, piece in self._solve(len(self.model), slot, stats):
+                    yield from self._assembled(group, name, piece)
 
     def _seen(self, use: Use, seen: list[torch.Tensor]) -> None:
         seen.append(use.x)

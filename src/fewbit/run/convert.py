@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 import fewbit
 from fewbit.base.errors import InputError, Refusals
 from fewbit.base.record import plain, readable_json
-from fewbit.formats.exchange import Conversion, conversion
+from fewbit.formats.exchange import KINDS, Conversion, conversion
 from fewbit.formats.regrid import regrid
 from fewbit.formats.table import Assignment, format_named
 from fewbit.num.scheme import Scheme, parse_scheme
@@ -52,10 +51,21 @@ class ConversionPlan:
     def record(self) -> dict[str, Any]:
         """Plain data for `--json`: per weight its kind, schemes, what happens and the predicted error."""
         weights = {
-            name: {"kind": one.kind, "scheme": str(one.scheme) if one.scheme else None, "how": one.how, "error": one.error}
+            name: {
+                "kind": one.kind,
+                "scheme": str(one.scheme) if one.scheme else None,
+                "how": one.how,
+                "error": one.error,
+            }
             for name, one in self.weights.items()
         }
-        return {"source": self.source, "target": self.target, "counts": self.counts, "weights": weights, "kept": list(self.kept)}
+        return {
+            "source": self.source,
+            "target": self.target,
+            "counts": self.counts,
+            "weights": weights,
+            "kept": list(self.kept),
+        }
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,13 @@ class Converted:
         return not self.errors
 
     def record(self) -> dict[str, Any]:
-        return {**self.plan.record(), "out": str(self.out), "errors": self.errors, "exact": self.exact, "bytes": self.nbytes}
+        return {
+            **self.plan.record(),
+            "out": str(self.out),
+            "errors": self.errors,
+            "exact": self.exact,
+            "bytes": self.nbytes,
+        }
 
 
 def plan_conversion(source: Source, target: str) -> ConversionPlan:
@@ -89,15 +105,39 @@ def plan_conversion(source: Source, target: str) -> ConversionPlan:
     form = format_named(name)
     held = source.format.container if source.format else "safetensors"
     if form.container != "safetensors" or held != "safetensors":
-        raise InputError("FB-E0622", f"convert goes between folders of safetensors, not from {held} to {form.container}")
+        raise InputError(
+            "FB-E0622", f"convert goes between folders of safetensors, not from {held} to {form.container}"
+        )
     if not source.quantised:
-        raise InputError("FB-E0622", "the checkpoint is not quantised: there are no codes to carry over", file=source.root)
+        raise InputError(
+            "FB-E0622", "the checkpoint is not quantised: there are no codes to carry over", file=source.root
+        )
     wanted = parse_scheme(spelling) if spelling else None
     dtype = model_dtype(source)
     weights = {
-        weight: conversion(stored.scheme, tuple(stored.shape), name, dtype, wanted) for weight, stored in source.stored.items()
+        weight: conversion(stored.scheme, tuple(stored.shape), name, dtype, wanted)
+        for weight, stored in source.stored.items()
     }
-    return ConversionPlan(source.format.name if source.format else "dense", name, weights, tuple(n for n in source.manifest if n not in weights))
+    if form.one_scheme and len({one.scheme for one in weights.values()}) > 1:
+        weights = _agreed(source, name, dtype, weights)
+    return ConversionPlan(
+        source.format.name if source.format else "dense",
+        name,
+        weights,
+        tuple(n for n in source.manifest if n not in weights),
+    )
+
+
+def _agreed(source: Source, target: str, dtype: str, weights: dict[str, Conversion]) -> dict[str, Conversion]:
+    """One scheme for all weights: of those chosen one by one, that with which the worst weight fares best."""
+    plans = [
+        {
+            name: conversion(source.stored[name].scheme, tuple(source.stored[name].shape), target, dtype, wanted)
+            for name in weights
+        }
+        for wanted in dict.fromkeys(one.scheme for one in weights.values() if one.scheme is not None)
+    ]
+    return min(plans, key=lambda plan: max((KINDS[one.kind], one.error) for one in plan.values()))
 
 
 def model_dtype(source: Source) -> str:
@@ -138,7 +178,9 @@ def convert(
 
 
 def _refuse(plan: ConversionPlan, source: Source, allow_lossy: bool) -> None:
-    errors = [InputError("FB-E0620", one.how, tensor=name) for name, one in plan.weights.items() if one.kind == "impossible"]
+    errors = [
+        InputError("FB-E0620", one.how, tensor=name) for name, one in plan.weights.items() if one.kind == "impossible"
+    ]
     if not allow_lossy:
         errors += [
             InputError("FB-E0623", f"{source.stored[name].scheme} would become {one.scheme}: {one.how}", tensor=name)
@@ -150,7 +192,12 @@ def _refuse(plan: ConversionPlan, source: Source, allow_lossy: bool) -> None:
 
 
 def _write(
-    plan: ConversionPlan, source: Source, out: Path, overwrite: bool, shard_bytes: int, on_weight: Callable[[str, Conversion, float], None] | None
+    plan: ConversionPlan,
+    source: Source,
+    out: Path,
+    overwrite: bool,
+    shard_bytes: int,
+    on_weight: Callable[[str, Conversion, float], None] | None,
 ) -> Converted:
     form = format_named(plan.target)
     shapes = _true_shapes(plan, source)
@@ -164,11 +211,17 @@ def _write(
             entries += [(part, *spec) for part, spec in form.parts(name, one.scheme, shapes[name]).items()]
     schemes: dict[str, Scheme] = {name: one.scheme for name, one in plan.weights.items() if one.scheme is not None}
     matrices = tuple(name for name in plan.kept if len(source.manifest[name].shape) > 1)
-    permuted = any(stored.facts.get("g_idx") for stored in source.stored.values()) and bool(_settings(source).get("desc_act"))
-    config, beside = form.config(source.config, Assignment(schemes, matrices, solver="convert", options={"desc_act": permuted}))
+    permuted = any(stored.facts.get("g_idx") for stored in source.stored.values()) and bool(
+        _settings(source).get("desc_act")
+    )
+    config, beside = form.config(
+        source.config, Assignment(schemes, matrices, solver="convert", options={"desc_act": permuted})
+    )
     errors: dict[str, float] = {}
     state = hashlib.sha256()
-    with ShardWriter(out, lay_out(entries, max_shard_bytes=shard_bytes), overwrite=overwrite, sources=[source.root]) as writer:
+    with ShardWriter(
+        out, lay_out(entries, max_shard_bytes=shard_bytes), overwrite=overwrite, sources=[source.root]
+    ) as writer:
         for name in source.manifest:
             one = plan.weights.get(name)
             if one is None:
@@ -192,7 +245,9 @@ def _write(
             "source": str(source.root),
             "converted": {"from": plan.source, "to": plan.target, "counts": plan.counts, "errors": plain(errors)},
             "format": plan.target,
-            "schemes": {} if plan.target.startswith("dense") else {name: str(scheme) for name, scheme in schemes.items()},
+            "schemes": {
+                name: str(source.stored[name].scheme if scheme.is_leaf else scheme) for name, scheme in schemes.items()
+            },
             "codes_sha256": state.hexdigest(),
         }
         place = writer.finish(small, copies, facts)
@@ -206,11 +261,11 @@ def _settings(source: Source) -> dict[str, Any]:
 def _true_shapes(plan: ConversionPlan, source: Source) -> dict[str, tuple[int, ...]]:
     """Exact shapes of the weights: formats that keep the shape in a tensor are asked for it, the rest have it in their headers."""
     shapes = {name: tuple(source.stored[name].shape) for name in plan.weights}
-    if plan.source in ("bitsandbytes", "hqq") or any(stored.facts.get("read_shape") for stored in source.stored.values()):
+    if plan.source in ("bitsandbytes", "hqq") or any(
+        stored.facts.get("read_shape") for stored in source.stored.values()
+    ):
         for name in shapes:
             q = source.qtensor(name)
             assert q is not None
             shapes[name] = tuple(q.shape)
     return shapes
-
-

@@ -29,6 +29,7 @@ import torch
 import fewbit
 from fewbit.base.errors import FewbitError, InputError, Interrupted
 from fewbit.base.record import digest
+from fewbit.formats.gguf import ops
 from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import Scheme
 from fewbit.plan.jobs import Job, Plan
@@ -301,12 +302,7 @@ class _Run:
 
 def read_weight(source: Source, job: Job) -> torch.Tensor:
     """The float tensor of a job, its transforms applied: [..., out, in]."""
-    weight = source.read(job.name)
-    for op in job.ops:
-        if op != "transpose":
-            raise InputError("FB-E0001", f"the engine knows no transform {op!r}", tensor=job.name)
-        weight = weight.transpose(-1, -2).contiguous()
-    return weight
+    return ops.apply(job.ops, [source.read(name) for name in job.reads])
 
 
 def join_rows(scheme: Scheme, shape: tuple[int, ...], tiles: list[Solved]) -> Solved:

@@ -10,13 +10,14 @@ import hashlib
 import importlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from fewbit.base.errors import QualityError
+from fewbit.base.manifest import data_bytes
 from fewbit.base.record import readable_json
 from fewbit.formats.table import format_named
 from fewbit.num.qtensor import QTensor
@@ -121,14 +122,11 @@ class Ledger:
         self._journal.close()
 
 
-class SafetensorsSink:
-    """An output folder of safetensors shards."""
+class ShardSink:
+    """What all sinks share: a writer of files laid out beforehand, and the ledger of what is done. Abstract."""
 
-    def __init__(self, output: Output, source: Source, out: Path, overwrite: bool, shard_bytes: int) -> None:
-        self.output, self.source, self.format = output, source, format_named(output.format)
-        parts = [(name, *spec) for job in output.jobs for name, spec in job.writes.items()]
-        self.layout = lay_out(parts, max_shard_bytes=shard_bytes)
-        self.writer = ShardWriter(out, self.layout, overwrite=overwrite, sources=[source.root])
+    def __init__(self, output: Output, source: Source, writer: ShardWriter) -> None:
+        self.output, self.source, self.writer = output, source, writer
         self.ledger: Ledger | None = None
 
     def open_journal(self, identity: dict[str, Any]) -> None:
@@ -167,50 +165,83 @@ class SafetensorsSink:
     def put(self, job: Job, solved: Solved) -> None:
         hashes = {}
         for name, tensor in self.encode(job, solved.q).items():
-            self.writer.write(name, tensor)
-            hashes[name] = hashlib.sha256(as_bytes(tensor.contiguous())).hexdigest()
+            view = as_bytes(tensor.contiguous())
+            self.writer.write_at(name, 0, view)
+            hashes[name] = hashlib.sha256(view).hexdigest()
         self._ledger.add(job.target, {"sha256": hashes, "loss": solved.loss, "notes": list(solved.notes)})
 
     def encode(self, job: Job, q: QTensor) -> dict[str, torch.Tensor]:
         """The stored tensors of a job, exactly those that the plan announced."""
-        parts = self.format.encode(job.target, q)
-        if set(parts) != set(job.writes):
-            raise QualityError("FB-E0412", f"{self.format.name} made {sorted(parts)}, planned were {sorted(job.writes)}", tensor=job.target)
+        form = format_named(self.output.format)
+        parts = form.encode(job.target, q)
+        announced = {name: data_bytes(dtype, shape) for name, (dtype, shape) in job.writes.items()}
+        made = {name: tensor.numel() * tensor.element_size() for name, tensor in parts.items()}
+        if made != announced:
+            raise QualityError("FB-E0412", f"{form.name} made {made}, planned were {announced} bytes", tensor=job.target)
         return parts
 
-    def copy(self, job: Job, source: Source) -> None:
-        """Copies a kept tensor, through a buffer of bounded size where it lies as it will."""
-        info = source.manifest[job.name]
-        ((name, (dtype, shape)),) = job.writes.items()
+    def copy_pieces(self, job: Job, pieces: Iterator[torch.Tensor]) -> None:
+        """Writes a kept tensor piece by piece, from its first byte on."""
+        (name,) = job.writes
         state = hashlib.sha256()
-        rows = max(1, shape[0]) if shape else 1
-        step = rows if info.nbytes <= COPY_BUFFER or not shape else max(1, rows * COPY_BUFFER // info.nbytes)
         at = 0
-        for start in range(0, rows, step):
-            part = source.read(job.name) if step >= rows else source.read_rows(job.name, start, min(rows, start + step))
-            view = as_bytes(_cast(part, dtype).contiguous())
+        for piece in pieces:
+            view = as_bytes(piece.contiguous())
             self.writer.write_at(name, at, view)
             state.update(view)
             at += len(view)
         self._ledger.add(job.target, {"sha256": {name: state.hexdigest()}, "loss": None, "notes": []})
 
-    def finish(self, record: dict[str, Any]) -> Path:
+    def close_journal(self) -> None:
+        """Flushes the journal: everything is on the disk."""
         self._ledger.close()
         self.ledger = None
-        small = {"config.json": readable_json(self.output.config).encode()}
-        small |= {name: readable_json(data).encode() for name, data in self.output.small_files.items()}
-        copies = [path for path in self.source.checkpoint.aux_files if path.name not in small]
-        facts = {**record, "target": self.output.target, "format": self.output.format}
-        facts["schemes"] = {job.target: str(job.scheme) for job in self.output.quantised}
-        place = self.writer.finish(small, copies, facts)
-        audit(self.output, place)
-        return place
 
     def close(self) -> None:
         if self.ledger is not None:
-            self.ledger.close()
-            self.ledger = None
+            self.close_journal()
         self.writer.close()
+
+
+def row_pieces(source: Source, name: str) -> Iterator[torch.Tensor]:
+    """A tensor in pieces of rows that fit the copy buffer."""
+    info = source.manifest[name]
+    rows = info.shape[0] if info.shape else 1
+    step = rows if info.nbytes <= COPY_BUFFER else max(1, rows * COPY_BUFFER // info.nbytes)
+    if step >= rows:
+        yield source.read(name)
+        return
+    for start in range(0, rows, step):
+        yield source.read_rows(name, start, min(rows, start + step))
+
+
+class SafetensorsSink(ShardSink):
+    """An output folder of safetensors shards."""
+
+    def __init__(self, output: Output, source: Source, out: Path, overwrite: bool, shard_bytes: int) -> None:
+        parts = [(name, *spec) for job in output.jobs for name, spec in job.writes.items()]
+        layout = lay_out(parts, max_shard_bytes=shard_bytes)
+        super().__init__(output, source, ShardWriter(out, layout, overwrite=overwrite, sources=[source.root]))
+
+    def copy(self, job: Job, source: Source) -> None:
+        """Copies a kept tensor, through a buffer of bounded size."""
+        ((dtype, _),) = job.writes.values()
+        self.copy_pieces(job, (_cast(piece, dtype) for piece in row_pieces(source, job.name)))
+
+    def finish(self, record: dict[str, Any]) -> Path:
+        self.close_journal()
+        small = {"config.json": readable_json(self.output.config).encode()}
+        small |= {name: readable_json(data).encode() for name, data in self.output.small_files.items()}
+        copies = [path for path in self.source.checkpoint.aux_files if path.name not in small]
+        place = self.writer.finish(small, copies, facts_of(self.output, record))
+        audit(self.output, place)
+        return place
+
+
+def facts_of(output: Output, record: dict[str, Any]) -> dict[str, Any]:
+    """What `fewbit-manifest.json` says of an output."""
+    schemes = {job.target: str(job.scheme) for job in output.quantised}
+    return {**record, "target": output.target, "format": output.format, "schemes": schemes}
 
 
 def _cast(tensor: torch.Tensor, dtype: str) -> torch.Tensor:

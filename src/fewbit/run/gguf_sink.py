@@ -1,0 +1,70 @@
+"""Sink for a GGUF output: the file, split where asked, with an Ollama Modelfile beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewbit.base.errors import QualityError
+from fewbit.formats.gguf.encode import source_values, tensor_bytes
+from fewbit.formats.gguf.plan import GgufPlan, PlannedTensor
+from fewbit.plan.jobs import Job, Output
+from fewbit.run.sinks import ShardSink, facts_of, row_pieces
+from fewbit.run.source import Source
+from fewbit.store.checkpoint import open_checkpoint
+from fewbit.store.gguf_layout import lay_out_gguf
+from fewbit.store.writer import ShardWriter
+
+ONE_FILE = 1 << 62
+
+
+class GgufSink(ShardSink):
+    """An output folder with one GGUF file (or its parts)."""
+
+    def __init__(self, output: Output, source: Source, out: Path, overwrite: bool, shard_bytes: int) -> None:
+        plan: GgufPlan = output.carry
+        self.planned: dict[str, PlannedTensor] = {tensor.name: tensor for tensor in plan.tensors}
+        self.stem = f"{source.root.name}-{plan.recipe.name}"
+        split = shard_bytes if output.options.get("split") == "true" else ONE_FILE
+        layout = lay_out_gguf(plan.layout_rows(), plan.metadata, stem=self.stem, max_bytes=split)
+        super().__init__(output, source, ShardWriter(out, layout, overwrite=overwrite, sources=[source.root]))
+
+    def copy(self, job: Job, source: Source) -> None:
+        """Writes a tensor of a plain type (F32, F16, BF16)."""
+        self.copy_pieces(job, self._pieces(self.planned[job.target], source))
+
+    def _pieces(self, tensor: PlannedTensor, source: Source) -> Iterator[torch.Tensor]:
+        if len(tensor.reads) == 1 and not tensor.ops:
+            for piece in row_pieces(source, tensor.reads[0]):
+                yield tensor_bytes(tensor, piece.float() if tensor.type == "F32" else piece)
+        else:
+            yield tensor_bytes(tensor, source_values(tensor, source.read))
+
+    def finish(self, record: dict[str, Any]) -> Path:
+        self.close_journal()
+        first = self.writer.layout.shards[0].name
+        small = {"Modelfile": modelfile(first, self.output.carry).encode()}
+        place = self.writer.finish(small, [], facts_of(self.output, record))
+        self._audit(place)
+        return place
+
+    def _audit(self, place: Path) -> None:
+        """Opens the file by our strict reader and compares every tensor with the plan."""
+        with open_checkpoint(place / self.writer.layout.shards[0].name) as written:
+            found = {name: (info.dtype, info.shape) for name, info in written.manifest.items()}
+        wanted = {name: (info.dtype, info.shape) for name, info in self.writer.layout.tensors.items()}
+        for name in wanted.keys() | found.keys():
+            if wanted.get(name) != found.get(name):
+                raise QualityError("FB-E0412", f"planned {wanted.get(name)}, written {found.get(name)}", tensor=name, file=place)
+
+
+def modelfile(gguf: str, plan: GgufPlan) -> str:
+    """An Ollama Modelfile for a GGUF in the same folder: `ollama create NAME -f Modelfile`."""
+    length = plan.metadata.get(f"{plan.family.name}.context_length")
+    lines = [f"FROM ./{gguf}"]
+    if length is not None:
+        lines.append(f"PARAMETER num_ctx {min(int(length.data), 8192)}")
+    return "\n".join(lines) + "\n"

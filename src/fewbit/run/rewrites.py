@@ -1,0 +1,139 @@
+"""A checkpoint seen as an equal float model: the rewrites of a recipe folded in as tensors are read.
+
+    open_source ─> RewrittenSource ─> plan, engine, solvers, GGUF conversion: all read the rewritten model and need not know
+
+Rotations are known from the start, so they work without calibration. Scales (smooth, awq) are decided before anything is solved, by one
+walk of the calibration text through the float model; each block's are journalled as they are found, so a killed run goes on with the same.
+Rotations come first, whatever the order in the recipe. A scale that a norm carries is chosen so that the new gain is exact in the
+norm's own dtype: the rewritten model is equal to the source as it will be stored, not only in higher precision.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fewbit.arch.awq import search
+from fewbit.arch.rewrite import Steps, apply_steps, merge, pooled, repeated, scale
+from fewbit.arch.rewrite_spaces import Space, spaces
+from fewbit.arch.rewrite_table import describe, needs_of, options_of, rotates_residual
+from fewbit.arch.rotate import Rotation, rotate_residual, rotate_values, rotation
+from fewbit.arch.smooth import smooth_scales
+from fewbit.base.manifest import Manifest, TensorInfo
+from fewbit.math.stats import Stats
+from fewbit.plan.recipe import Recipe
+from fewbit.run.source import Source
+from fewbit.solve.table import SOLVERS
+
+if TYPE_CHECKING:
+    from fewbit.run.engine import _Run
+
+HEAD = "lm_head.weight"
+MIN_TOKENS = 64  # below this a space (of an expert) keeps its scale
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class RewrittenSource(Source):
+    """A source whose tensors are those of an equal float model.
+
+    Attributes:
+        inner: the source as it lies on disk.
+        spaces: of the model as it is rewritten (head untied where the residual stream is rotated).
+        does, warnings: what is rewritten and what is not, in sentences.
+        scaled: names of the rewrites whose scales `decide` must find first.
+    """
+
+    def __init__(self, inner: Source, recipe: Recipe) -> None:
+        self.inner, self.checkpoint, self.format, self.stored = inner, inner.checkpoint, inner.format, inner.stored
+        self.manifest, self.config = inner.manifest, inner.config
+        self.options = recipe.options
+        self.spaces = spaces(inner.manifest, inner.config)
+        self.does, self.warnings = describe(recipe.rewrites, recipe.options, self.spaces)
+        self._untied = ""
+        self._base: Steps = {}
+        self._scales: Steps = {}
+        on = not self.spaces.off
+        self.scaled = tuple(name for name in ("smooth", "awq") if on and name in recipe.rewrites)
+        if on and "rotate" in recipe.rewrites:
+            self._rotate(recipe.seed)
+
+    # ---- reading
+
+    def read(self, name: str) -> torch.Tensor:
+        """The rewritten tensor: float32 (float64 for F64) where a rewrite touches it, else as the source gives it."""
+        tensor = self.inner.read(self.spaces.embed if name == self._untied else name)
+        steps = merge(self._base, self._scales).get(name) if False else (*self._base.get(name, ()), *self._scales.get(name, ()))
+        return apply_steps(tensor, steps) if steps else tensor
+
+    def read_float(self, name: str) -> torch.Tensor:
+        """The tensor as rotations leave it, before scales."""
+        tensor = self.inner.read(self.spaces.embed if name == self._untied else name)
+        return apply_steps(tensor, self._base[name]) if name in self._base else tensor
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        steps = (*self._base.get(name, ()), *self._scales.get(name, ()))
+        shape = self.manifest[name].shape
+        if steps and (len(shape) != 2 or any(step.axis != -1 for step in steps)):
+            return self.read(name)[start:stop]
+        tensor = self.inner.read_rows(self.spaces.embed if name == self._untied else name, start, stop)
+        return apply_steps(tensor, steps) if steps else tensor
+
+    def qtensor(self, name: str) -> Any:
+        """What a quantised source stores, unless a rewrite changes it."""
+        return None if name == self._untied or name in self._base or name in self._scales else self.inner.qtensor(name)
+
+    # ---- rotation
+
+    def _rotate(self, seed: int) -> None:
+        options = options_of("rotate", self.options)
+        if rotates_residual(options, self.spaces):
+            if self.spaces.tied:
+                self._untie()
+            self._base = rotate_residual(self.spaces, self._residual_rotation(seed), self._norms())
+        if options["values"]:
+            self._base = merge(self._base, rotate_values(self.spaces, seed))
+
+    def _residual_rotation(self, seed: int) -> Rotation:
+        resid, family = self.spaces.one("resid"), self.spaces.family
+        assert resid is not None and family is not None
+        return rotation(resid.size, seed, keep_mean=family.norm == "layer")
+
+    def _untie(self) -> None:
+        """Gives the head a tensor of its own: it takes the final norm's gain, which the embedding does not."""
+        embed = self.inner.manifest[self.spaces.embed]
+        self._untied = HEAD
+        head = TensorInfo(HEAD, embed.dtype, embed.shape, embed.nbytes, embed.file)
+        self.manifest = Manifest({**self.inner.manifest.tensors, HEAD: head}, self.inner.manifest.metadata)
+        self.config = {**self.inner.config, "tie_word_embeddings": False}
+        self.spaces = spaces(self.manifest, self.config)
+
+    def _norms(self) -> dict[str, torch.Tensor]:
+        names = [name for space in self.spaces.all for name in (*space.gains, *space.shifts)]
+        return {name: self.inner.read(name).double() for name in names}
+
+    # ---- scales
+
+    def decide(self, run: _Run) -> None:
+        """Finds the scales of smooth and awq, or takes them from an interrupted run's journal."""
+        from fewbit.run.scales import walk
+
+        if not self.scaled:
+            return
+        sink = run.sinks[0]
+        parts = []
+        for layer, found in walk(self, run):
+            key = f"scales.{layer}"
+            if key not in sink.notes:
+                sink.note(key, {space: _pack(s) for space, s in found.items()})
+            kept = {name: text for name, text in sink.notes[key].items() if name not in ("kind", "key")}
+            by_key = {space.key: space for space in self.spaces.all}
+            parts += [scale(by_key[name], _unpack(text, by_key[name]), self.offset) for name, text in kept.items()]
+        self._scales = merge(*parts)
+
+    @property
+    def offset(self) -> float:
+        """What norms add to their stored weights."""
+        return self.spaces.family.norm_offset if self.spaces.family else 0.0
