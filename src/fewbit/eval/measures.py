@@ -62,6 +62,14 @@ class Rounding:
     chi2: torch.Tensor
 
 
+def softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities, and the logarithm of what they were divided by: float64 [rows, vocab], [rows, 1]. (torch's own takes thrice as long.)"""
+    top = logits.amax(-1, keepdim=True)
+    p = (logits - top).exp_()
+    total = p.sum(-1, keepdim=True)
+    return p.div_(total), top + total.log()
+
+
 def compare(
     p_logits: torch.Tensor, q_logits: torch.Tensor, target: torch.Tensor, rounding: Rounding | None = None
 ) -> dict[str, torch.Tensor]:
