@@ -31,7 +31,7 @@ from fewbit.base.record import plain
 from fewbit.math.metrics import sqnr_db
 from fewbit.math.scales import Search, quantize
 from fewbit.num.qtensor import QTensor, values_of
-from fewbit.num.scheme import Scheme
+from fewbit.num.scheme import Scheme, parse_scheme
 from fewbit.run.source import Source, open_source
 
 MARGIN_DB = 6.0  # calibrated rounding trades some of a weight's own error for that of the outputs
@@ -151,11 +151,17 @@ def _verify(place: Path, source: Source, base: Source | None, limit: int) -> Ver
     _check_manifest(source, written, found)
     comparable = _comparable(source, base, written, notes)
     compared: list[Compared] = []
+    dequantised = written.get("schemes") or {} if source.format is None else {}
     for name in _plain_names(source):
         tensor = source.checkpoint.read(name)
         _check_finite(name, tensor, found)
         if comparable is not None and name in comparable.manifest:
-            _compare_kept(name, tensor, comparable.read(name), found)
+            if name in dequantised:
+                compared.append(
+                    _compare(name, parse_scheme(dequantised[name]), tensor.float(), comparable.read(name), found)
+                )
+            else:
+                _compare_kept(name, tensor, comparable.read(name), found)
     for name in source.stored:
         q = _decoded(source, name, found)
         values = q.dequantize() if q is not None else None
@@ -207,10 +213,10 @@ def _own_manifest(place: Path) -> dict[str, Any]:
 
 def _check_manifest(source: Source, written: dict[str, Any], found: _Findings) -> None:
     schemes = written.get("schemes") or {}
-    for name, spelling in schemes.items():
+    dense = str(written.get("format", "")).startswith("dense")
+    comparable = not dense and (source.format is None or source.format.container == "safetensors")
+    for name, spelling in schemes.items() if comparable else ():
         stored = source.stored.get(name)
-        if source.format is None or source.format.container != "safetensors":
-            return
         if stored is None:
             found.add("manifest", name, f"was written as {spelling} and is not stored quantised")
         elif str(stored.scheme) != spelling:

@@ -317,4 +317,5 @@ FORMAT = Format(
     config=config,
     detect=detect,
     conform=conform,
+    one_scheme=True,
 )

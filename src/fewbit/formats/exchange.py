@@ -28,7 +28,7 @@ from fewbit.num.grid import BF16, E4M3, F16, F32, Codebook, FloatGrid, IntGrid, 
 from fewbit.num.scheme import Scheme, leaf, parse_scheme
 
 Kind = Literal["exact", "re-gridded", "lossy", "impossible"]
-_ORDER: dict[Kind, int] = {"exact": 0, "re-gridded": 1, "lossy": 2, "impossible": 3}
+KINDS: dict[Kind, int] = {"exact": 0, "re-gridded": 1, "lossy": 2, "impossible": 3}
 _ACTIVATIONS = tuple(
     parse_scheme(word)
     for word in ("int8-token", "fp8-e4m3-token", "fp8-e4m3-g128", "fp8-e4m3-tensor", "mxfp8", "mxfp4")
@@ -44,12 +44,14 @@ class Conversion:
         scheme: how the target stores it; None when impossible.
         how: what happens, or why it cannot.
         error: predicted relative error ||w - w'|| / ||w|| of what moves, 0 when exact.
+        by_codes: whether the codes are kept; else the values are rounded anew.
     """
 
     kind: Kind
     scheme: Scheme | None
     how: str
     error: float = 0.0
+    by_codes: bool = False
 
 
 @functools.lru_cache(maxsize=4096)
@@ -71,23 +73,37 @@ def conversion(
         asked = form.conform(wanted, dtype)
         reason = form.accepts(asked, shape)
         return Conversion("impossible", None, reason) if reason else to_scheme(scheme, asked, shape)
-    found: list[tuple[int, float, int, Conversion]] = []
-    for candidate in _dressings(scheme, shape):
-        offered = form.conform(candidate, dtype)
-        for one in dict.fromkeys((candidate, offered)):
-            if form.accepts(one, shape) is None:
-                result = to_scheme(scheme, one, shape)
-                if result.kind == "exact" or (result.kind == "re-gridded" and result.error < 0.01):
-                    found.append((_ORDER[result.kind], result.error, one.storage_bits(shape), result))
-    if found:
-        return min(found, key=lambda item: item[:3])[3]
+    offered = (one for dressing in _dressings(scheme, shape) for one in (dressing, form.conform(dressing, dtype)))
+    accepted = [one for one in dict.fromkeys(offered) if form.accepts(one, shape) is None]
+    results = [to_scheme(scheme, one, shape) for one in accepted]
+    carried = [result for result in results if result.by_codes]
+    if carried:
+        return min(carried, key=lambda result: (KINDS[result.kind], result.error, _bits(result.scheme, shape)))
+    alike = [result for result in results if _weight_bits(result.scheme) == _weight_bits(scheme)]
+    if alike:  # the same width, in blocks as fine: rounded anew
+        return min(alike, key=lambda result: (_nearness(scheme, result.scheme, shape), _bits(result.scheme, shape)))
     default = form.conform(parse_scheme(form.default_scheme), dtype)
-    reason = form.accepts(default, shape)
-    if reason:
-        return Conversion(
-            "impossible", None, f"{reason}; and {form.accepts(scheme, shape) or 'no scheme of this family fits'}"
-        )
-    return to_scheme(scheme, default, shape)
+    blocks = [
+        default.blocks,
+        *(Blocks(1, size) for size in (64, 32, 16) if default.blocks.rows == 1 and size < default.blocks.cols),
+    ]
+    fitting = [one for size in blocks if form.accepts(one := replace(default, blocks=size), shape) is None]
+    if not fitting:
+        return Conversion("impossible", None, f"{form.accepts(default, shape)}; {form.accepts(scheme, shape)}")
+    return to_scheme(scheme, fitting[0], shape)
+
+
+def _bits(scheme: Scheme | None, shape: tuple[int, ...]) -> int:
+    return scheme.storage_bits(shape) if scheme is not None else 0
+
+
+def _nearness(scheme: Scheme, other: Scheme | None, shape: tuple[int, ...]) -> float:
+    """How far another scheme is from this one, for choosing among those that must round anew: block size first, then shifts."""
+    mine, theirs = tiles(scheme.blocks, shape), tiles(other.blocks, shape) if other is not None else None
+    if mine is None or theirs is None or other is None:
+        return math.inf
+    ratio = abs(math.log2((mine[0] * mine[1]) / (theirs[0] * theirs[1])))
+    return ratio + 0.5 * (scheme.symmetric != other.symmetric)
 
 
 def _to_dense(scheme: Scheme, form: Format) -> Conversion:
@@ -103,14 +119,16 @@ def to_scheme(scheme: Scheme, target: Scheme, shape: tuple[int, ...]) -> Convers
     moved = image(scheme, target, shape)
     if moved is not None:
         how, error = moved
-        return Conversion("exact" if error == 0 else "re-gridded", target, how, error)
+        return Conversion("exact" if error == 0 else "re-gridded", target, how, error, by_codes=True)
     ours, theirs = _weight_bits(scheme), _weight_bits(target)
     error = predicted_error(target.weights_only)
     kind: Kind = "re-gridded" if theirs >= ours else "lossy"
     return Conversion(kind, target, f"values rounded anew to {target}", error)
 
 
-def _weight_bits(scheme: Scheme) -> float:
+def _weight_bits(scheme: Scheme | None) -> float:
+    if scheme is None:
+        return 0.0
     return float(scheme.grid.bits) / scheme.grid.dim
 
 

@@ -184,4 +184,5 @@ FORMAT = Format(
     config=config,
     detect=detect,
     conform=conform,
+    one_scheme=True,
 )

@@ -12,7 +12,7 @@ from fewbit.math.rounding import store_scale
 from fewbit.math.scales import Search, quantize
 from fewbit.num.grid import IntGrid
 from fewbit.num.qtensor import QTensor, code_dtype, expand, native_dtype, values_of
-from fewbit.num.scheme import Scheme
+from fewbit.num.scheme import Scheme, leaf
 
 _KEEPABLE = ("input_scale", "divisor", "multiple", "permutation")
 
@@ -29,7 +29,7 @@ def regrid(q: QTensor, scheme: Scheme) -> tuple[QTensor, float]:
     else:
         out = None
         if not set(q.sides) - set(_KEEPABLE):
-            out = _by_codes(q, scheme)
+            out = _by_codes(q, scheme) or _whole_zeros(q, scheme)
         if out is None:
             out = _with_inputs(quantize(scheme.weights_only, q.dequantize(), search=Search()), q, scheme)
     before, after = q.dequantize(), out.dequantize()
@@ -77,6 +77,33 @@ def _by_codes(q: QTensor, scheme: Scheme) -> QTensor | None:
     return QTensor(scheme, q.shape, codes, stored, zero, offset, sides=keep)
 
 
+def _whole_zeros(q: QTensor, scheme: Scheme) -> QTensor | None:
+    """Offsets that are whole multiples of their scales, or float zero points that are whole, as integer zero points: what was an AWQ file once
+    can become one again. None when they are not whole."""
+    grid = q.scheme.grid
+    wanted = (
+        isinstance(grid, IntGrid)
+        and grid == scheme.grid
+        and scheme.code_shift == leaf(grid)
+        and scheme.value_shift is None
+    )
+    if not wanted or set(q.sides) or (q.value_shift is None) == (q.code_shift is None):
+        return None
+    middle = replace(q.scheme, code_shift=scheme.code_shift, value_shift=None, scale=scheme.scale)
+    if scheme.scale is None or not scheme.scale.is_leaf or image(middle, scheme, q.shape) is None:
+        return None
+    counts = q.scheme.block_counts(q.shape)
+    scale = values_of(q.scale).reshape(counts)
+    shift = values_of(q.value_shift if q.value_shift is not None else q.code_shift).reshape(counts)
+    exact = -shift / scale if q.value_shift is not None else shift
+    zero = exact.round()
+    if bool(((zero - exact).abs() > 2**-5).any()) or float(zero.min()) < 0 or float(zero.max()) > grid.high:
+        return None
+    assert scheme.code_shift is not None
+    plain = QTensor(middle, q.shape, q.codes, _leaf(scheme.scale, scale), _zero(scheme.code_shift, zero))
+    return plain if middle == scheme else _by_codes(plain, scheme)
+
+
 def _leaf(part: Scheme, values: torch.Tensor) -> torch.Tensor:
     """Numbers as a directly stored part: rounded to its dtype, scales kept away from zero."""
     native = native_dtype(part.grid)
@@ -94,7 +121,8 @@ def _repeated(q: QTensor, name: str, scheme: Scheme) -> torch.Tensor:
         values = expand(values, part, counts)
     each = expand(values.reshape(counts), q.scheme, q.shape).reshape(q.shape)  # one per weight
     tiling = scheme.blocks.resolve(q.shape)
-    return each.reshape(tiling.view)[..., :: tiling.block_rows, :: tiling.block_cols].contiguous()
+    picked = each.reshape(tiling.view)[..., :: tiling.block_rows, :: tiling.block_cols]
+    return picked.clone(memory_format=torch.contiguous_format)  # strides of zero would survive `contiguous`
 
 
 def _codes_and_shifts(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from format_cases import SCHEMES, random_qtensor
@@ -88,7 +91,7 @@ def test_image_of_every_pair_is_honest() -> None:
         for target in targets:
             found = image(source, target, SHAPE)
             if found is not None and found[1] == 0.0:
-                out, error = regrid(q, target)
+                _, error = regrid(q, target)
                 assert error == 0.0, (str(source), str(target), found, error)
                 exact += 1
     assert exact > 30
@@ -101,3 +104,22 @@ def test_permuted_columns_cannot_go_to_another_block_size() -> None:
     assert error < 0.01 and "permutation" in out.sides
     out, error = regrid(permuted, parse_scheme("int4-g32-asym"))
     assert 0.01 < error < 0.15 and not out.sides
+
+
+@pytest.mark.parametrize("spelling", ["int4-g64-asym", "int4-g64-bf16-asym", "int3-g64-asym"])
+def test_offsets_become_zero_points_again(spelling: str) -> None:
+    """AWQ to MLX rounds offsets to the dtype of the model; the way back finds the zero points."""
+    scheme = parse_scheme(spelling)
+    _, q = real_qtensor(scheme)
+    there, _ = regrid(q, format_named("mlx").conform(scheme, "BF16"))
+    back, _ = regrid(there, scheme)
+    assert torch.equal(back.codes, q.codes) and torch.equal(back.code_shift, q.code_shift)
+
+
+def test_the_page_says_what_the_code_does() -> None:
+    root = Path(__file__).parents[3]
+    spec = importlib.util.spec_from_file_location("conversion_matrix", root / "dev" / "conversion_matrix.py")
+    assert spec is not None and spec.loader is not None
+    matrix = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(matrix)
+    assert matrix.PAGE.read_text(encoding="utf-8") == matrix.page(), "run dev/conversion_matrix.py"
