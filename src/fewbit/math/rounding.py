@@ -100,7 +100,7 @@ def level_intervals(grid: FloatGrid | Codebook) -> tuple[np.ndarray, np.ndarray,
         levels: float32 [n], each level once. Signed float grids list their non-negative half.
         codes: uint8 [n], the (first) code of each.
     """
-    levels = grid.levels()
+    levels = grid.levels().astype(np.float32).astype(np.float64)  # as they decode; then midpoints are exact
     if isinstance(grid, FloatGrid) and grid.signed:
         levels = levels[: len(levels) // 2]
     finite = np.flatnonzero(np.isfinite(levels))
