@@ -132,7 +132,7 @@ def encode(name: str, q: QTensor) -> dict[str, torch.Tensor]:
         }
     out = {
         name: pack(q.codes.reshape(-1), 4, order="msb").reshape(-1, 1),
-        f"{name}.quant_map": torch.tensor(scheme.grid.levels(), dtype=torch.float32),
+        f"{name}.quant_map": torch.tensor(scheme.grid.levels(), dtype=torch.float32) + 0.0,  # no negative zero
     }
     offset = 0.0
     if scheme.scale.is_leaf:
