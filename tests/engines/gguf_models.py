@@ -130,7 +130,9 @@ def by_least_squares(tensor: PlannedTensor, values: torch.Tensor) -> QTensor:
     return quantize(tensor.scheme, values)
 
 
-def write_gguf(folder: Path, out: Path, recipe: str = "F32", solve: Solve = by_least_squares, **options: Any) -> tuple[GgufPlan, Path]:
+def write_gguf(
+    folder: Path, out: Path, recipe: str = "F32", solve: Solve = by_least_squares, **options: Any
+) -> tuple[GgufPlan, Path]:
     """The checkpoint as out/<recipe>.gguf: plan, layout, ops, rounding, bytes. Returns the plan and the first file."""
     max_bytes = options.pop("max_bytes", None)
     with open_checkpoint(folder) as source:
@@ -147,3 +149,66 @@ def write_gguf(folder: Path, out: Path, recipe: str = "F32", solve: Solve = by_l
 
 def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
+
+
+def dense_twin(model: Path, file: Path, plan: GgufPlan, folder: Path) -> Path:
+    """A float32 checkpoint of what a GGUF file holds, through our own decoder and the inverse of every op."""
+    from safetensors.torch import save_file
+
+    from fewbit.formats.gguf.encode import checkpoint_tensor, decoded, users
+    from fewbit.store.gguf import open_gguf
+
+    source, readers = open_gguf(file), users(plan.tensors)
+    types = {tensor.name: tensor.type for tensor in plan.tensors}
+
+    def read(name: str) -> torch.Tensor:
+        info = source.manifest[name]
+        return decoded(types[name], source.read(info), info.shape, name)
+
+    folder.mkdir()
+    save_file(
+        {name: checkpoint_tensor(name, readers, read).contiguous() for name in readers},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    (folder / "config.json").write_text((model / "config.json").read_text().replace("bfloat16", "float32"))
+    source.close()
+    return folder
+
+
+def spm_tokenizer(folder: Path) -> Callable[[str], list[int]]:
+    """Gives a model a SentencePiece tokeniser trained here, as tokenizer.model and tokenizer.json; returns its encoder."""
+    import sentencepiece
+    import transformers
+
+    text = " ".join(path.read_text() for path in sorted((SAMPLE.parents[1] / "src" / "fewbit" / "num").glob("*.py")))
+    corpus = folder / "corpus.txt"
+    corpus.write_text(text)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(folder / "tokenizer"), vocab_size=2000, model_type="bpe", byte_fallback=True,
+        split_digits=True, allow_whitespace_only_pieces=True, remove_extra_whitespaces=False, normalization_rule_name="identity",
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
+    )  # fmt: skip
+    corpus.unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
+    )
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    pieces = [model.id_to_piece(n) for n in range(model.vocab_size())]
+    merges = _merges_of(pieces, [model.get_score(n) for n in range(len(pieces))])
+    transformers.LlamaTokenizer(vocab={piece: n for n, piece in enumerate(pieces)}, merges=merges).save_pretrained(
+        folder
+    )
+    return lambda line: model.encode(line)
+
+
+def _merges_of(pieces: list[str], scores: list[float]) -> list[tuple[str, str]]:
+    """Merges of a SentencePiece BPE model in the order of its scores, as transformers converts them."""
+    known = {piece: score for piece, score in zip(pieces, scores, strict=True)}
+    found = []
+    for piece in sorted(known, key=lambda p: -known[p]):
+        cuts = [(piece[:at], piece[at:]) for at in range(1, len(piece)) if piece[:at] in known and piece[at:] in known]
+        found += sorted(cuts, key=lambda cut: (pieces.index(cut[0]), pieces.index(cut[1])))
+    return found

@@ -33,6 +33,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
+
 def _checkpoint(name: str, folder: Path) -> Path:
     import torch
     import transformers
@@ -61,7 +62,11 @@ def test_types_are_those_of_llama_quantize(name: str, tmp_path: Path) -> None:
         if theirs is None:  # it has no fallback for some types and gives up, where we keep F16; NVFP4 it only reads
             assert recipe == "NVFP4" or any("falls back on F16" in tensor.reason for tensor in ours.values()), recipe
             continue
-        wrong = {name: (tensor.type, theirs.get(name, "F32")) for name, tensor in ours.items() if tensor.type != theirs.get(name, "F32")}
+        wrong = {
+            name: (tensor.type, theirs.get(name, "F32"))
+            for name, tensor in ours.items()
+            if tensor.type != theirs.get(name, "F32")
+        }
         if any(tensor.needs_imatrix for tensor in ours.values()) != needed:
             wrong["needs an importance matrix"] = (not needed, needed)
         if wrong:

@@ -34,7 +34,12 @@ def handle(job: Job) -> Result:
     for recipe in job["recipes"]:
         lines.clear()
         options = api.llama_model_quantize_default_params()
-        options.nthread, options.ftype, options.pure, options.dry_run = 1, recipe["ftype"], recipe.get("pure", False), True
+        options.nthread, options.ftype, options.pure, options.dry_run = (
+            1,
+            recipe["ftype"],
+            recipe.get("pure", False),
+            True,
+        )
         if recipe.get("imatrix"):
             entries = importance(api)
             options.imatrix = ctypes.cast(entries, ctypes.POINTER(api.llama_model_imatrix_data))
