@@ -79,7 +79,9 @@ def _facts_of(info: TensorInfo, family: Family | None) -> TensorFacts:
             transposed=row.transposed,
             stacked=len(info.shape) == 3 and row.role not in KEPT_ROLES,
         )
-    return TensorFacts(role=_role_by_shape(info), layer=layer_index(info.name), stacked=len(info.shape) == 3, known=False)
+    return TensorFacts(
+        role=_role_by_shape(info), layer=layer_index(info.name), stacked=len(info.shape) == 3, known=False
+    )
 
 
 def _plausible(row: Row, info: TensorInfo) -> bool:

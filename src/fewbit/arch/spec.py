@@ -5,6 +5,8 @@ A family file in `data/` looks like this; unknown keys are errors.
     model_types = ["llama", "mistral"]      # config.json's model_type
     rewrites = true                         # the spaces below are complete, so rewrites may rely on them
     layers = "model.layers"                 # prefix of the repeated blocks, up to the index
+    norm = "rms"                            # or "layer": the mean is taken off first
+    norm_offset = 1.0                       # a norm multiplies by weight + this (Gemma); 0 by default
 
     [[tensor]]
     pattern = "*.self_attn.q_proj.weight"   # glob of the full name; the first row that matches counts
@@ -12,6 +14,10 @@ A family file in `data/` looks like this; unknown keys are errors.
     reads = "attn_in"
     writes = "qk"
     transposed = true                       # stored [in, out] (GPT-2's Conv1D)
+
+Spaces: resid, attn_in, attn_v (values, per head), mlp_in, ffn (gate's activation times up), head_in; qk and act stand for what no linear
+change passes through (rotary positions, nonlinear functions). A fused `qkv` that writes attn_v does so with its last rows, a fused `gate_up`
+that writes ffn with its second half. A bias writes what the weight of its module writes.
 
 `generic.toml` is tried after the family's own rows, so a family lists only what differs from the common names.
 """
@@ -57,6 +63,8 @@ class Family:
     rows: tuple[Row, ...]
     rewrites: bool = False
     layers: str = "model.layers"
+    norm: str = "rms"
+    norm_offset: float = 0.0
 
     def row(self, tensor: str) -> Row | None:
         """The first row whose pattern matches a tensor name."""

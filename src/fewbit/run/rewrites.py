@@ -11,29 +11,23 @@ norm's own dtype: the rewritten model is equal to the source as it will be store
 from __future__ import annotations
 
 import base64
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from fewbit.arch.awq import search
-from fewbit.arch.rewrite import Steps, apply_steps, merge, pooled, repeated, scale
+from fewbit.arch.rewrite import Step, Steps, apply_steps, merge, scale
 from fewbit.arch.rewrite_spaces import Space, spaces
-from fewbit.arch.rewrite_table import describe, needs_of, options_of, rotates_residual
+from fewbit.arch.rewrite_table import check, describe, options_of, rotates_residual
 from fewbit.arch.rotate import Rotation, rotate_residual, rotate_values, rotation
-from fewbit.arch.smooth import smooth_scales
 from fewbit.base.manifest import Manifest, TensorInfo
-from fewbit.math.stats import Stats
+from fewbit.num.qtensor import QTensor
 from fewbit.plan.recipe import Recipe
 from fewbit.run.source import Source
-from fewbit.solve.table import SOLVERS
 
 if TYPE_CHECKING:
     from fewbit.run.engine import _Run
 
 HEAD = "lm_head.weight"
-MIN_TOKENS = 64  # below this a space (of an expert) keeps its scale
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class RewrittenSource(Source):
@@ -64,24 +58,27 @@ class RewrittenSource(Source):
 
     def read(self, name: str) -> torch.Tensor:
         """The rewritten tensor: float32 (float64 for F64) where a rewrite touches it, else as the source gives it."""
-        tensor = self.inner.read(self.spaces.embed if name == self._untied else name)
-        steps = merge(self._base, self._scales).get(name) if False else (*self._base.get(name, ()), *self._scales.get(name, ()))
+        return self._read(name, (*self._base.get(name, ()), *self._scales.get(name, ())))
+
+    def read_rotated(self, name: str) -> torch.Tensor:
+        """The tensor as rotations leave it, before scales."""
+        return self._read(name, self._base.get(name, ()))
+
+    def _read(self, name: str, steps: tuple[Step, ...]) -> torch.Tensor:
+        tensor = self.inner.read(self._stored_name(name))
         return apply_steps(tensor, steps) if steps else tensor
 
-    def read_float(self, name: str) -> torch.Tensor:
-        """The tensor as rotations leave it, before scales."""
-        tensor = self.inner.read(self.spaces.embed if name == self._untied else name)
-        return apply_steps(tensor, self._base[name]) if name in self._base else tensor
+    def _stored_name(self, name: str) -> str:
+        return self.spaces.embed if name == self._untied else name
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         steps = (*self._base.get(name, ()), *self._scales.get(name, ()))
-        shape = self.manifest[name].shape
-        if steps and (len(shape) != 2 or any(step.axis != -1 for step in steps)):
+        if steps and (len(self.manifest[name].shape) != 2 or any(step.axis != -1 for step in steps)):
             return self.read(name)[start:stop]
-        tensor = self.inner.read_rows(self.spaces.embed if name == self._untied else name, start, stop)
+        tensor = self.inner.read_rows(self._stored_name(name), start, stop)
         return apply_steps(tensor, steps) if steps else tensor
 
-    def qtensor(self, name: str) -> Any:
+    def qtensor(self, name: str) -> QTensor | None:
         """What a quantised source stores, unless a rewrite changes it."""
         return None if name == self._untied or name in self._base or name in self._scales else self.inner.qtensor(name)
 
@@ -105,6 +102,9 @@ class RewrittenSource(Source):
         """Gives the head a tensor of its own: it takes the final norm's gain, which the embedding does not."""
         embed = self.inner.manifest[self.spaces.embed]
         self._untied = HEAD
+        self.does.append(
+            f"rotate: the head gets a tensor of its own, {embed.nbytes:,} bytes more before it is quantised"
+        )
         head = TensorInfo(HEAD, embed.dtype, embed.shape, embed.nbytes, embed.file)
         self.manifest = Manifest({**self.inner.manifest.tensors, HEAD: head}, self.inner.manifest.metadata)
         self.config = {**self.inner.config, "tie_word_embeddings": False}
@@ -117,23 +117,43 @@ class RewrittenSource(Source):
     # ---- scales
 
     def decide(self, run: _Run) -> None:
-        """Finds the scales of smooth and awq, or takes them from an interrupted run's journal."""
-        from fewbit.run.scales import walk
-
+        """Finds the scales of smooth and awq, or takes them from an interrupted run's journal; then `read` applies them."""
         if not self.scaled:
             return
+        from fewbit.run.scales import Walk
+
         sink = run.sinks[0]
+        done = {int(key.partition(".")[2]) for key in sink.notes if key.startswith("scales.")}
+        for layer, found in Walk(self, run, done):
+            sink.note(f"scales.{layer}", {"scales": {key: _pack(s) for key, s in found.items()}})
+        by_key = {space.key: space for space in self.spaces.all}
         parts = []
-        for layer, found in walk(self, run):
-            key = f"scales.{layer}"
-            if key not in sink.notes:
-                sink.note(key, {space: _pack(s) for space, s in found.items()})
-            kept = {name: text for name, text in sink.notes[key].items() if name not in ("kind", "key")}
-            by_key = {space.key: space for space in self.spaces.all}
-            parts += [scale(by_key[name], _unpack(text, by_key[name]), self.offset) for name, text in kept.items()]
+        for key, note in sink.notes.items():
+            if key.startswith("scales."):
+                parts += [
+                    scale(by_key[name], _unpack(text, by_key[name]), self.offset)
+                    for name, text in note["scales"].items()
+                ]
         self._scales = merge(*parts)
 
     @property
     def offset(self) -> float:
         """What norms add to their stored weights."""
         return self.spaces.family.norm_offset if self.spaces.family else 0.0
+
+
+def rewritten(source: Source, recipe: Recipe) -> Source:
+    """The source under a recipe's rewrites; the source itself when there are none."""
+    sound = recipe.rewrites and not check(
+        recipe.rewrites, recipe.options
+    )  # what is wrong with them, the plan's checks say
+    return RewrittenSource(source, recipe) if sound else source
+
+
+def _pack(s: torch.Tensor) -> str:
+    return base64.b64encode(s.double().contiguous().numpy().tobytes()).decode()
+
+
+def _unpack(text: str, space: Space) -> torch.Tensor:
+    flat = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float64)
+    return flat.reshape(space.stack, space.size) if space.stack else flat
