@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewbit.formats.gguf.vocabulary import FILES as VOCABULARY_FILES
 from fewbit.base.errors import InputError, QualityError, Refusals, ResourceError
+from fewbit.formats.gguf.vocabulary import FILES as VOCABULARY_FILES
 from fewbit.plan.jobs import Plan
 from fewbit.plan.recipe import Recipe, recipe_from
 from fewbit.plan.resolve import resolve
@@ -66,11 +66,20 @@ def plan_quantize(
     Raises:
         Refusals: all reasons at once.
     """
+    chosen = as_recipe(recipe, fields)
     with open(model, revision=revision) as source:
-        return _decide(source, str(model), as_recipe(recipe, fields), out, ram, workers)
+        return _decide(_rewritten(source, chosen), str(model), chosen, out, ram, workers)
+
+
+def _rewritten(source: Source, recipe: Recipe) -> Source:
+    """The equal float model that the recipe's rewrites make of a source."""
+    from fewbit.run.rewrites import rewritten
+
+    return rewritten(source, recipe)
 
 
 def _decide(source: Source, model: str, recipe: Recipe, out: Path | None, ram: int | None, workers: int | None) -> Plan:
+    from fewbit.run.rewrites import RewrittenSource
     from fewbit.run.settings import default_ram, default_workers
 
     if source.quantised and not recipe.requantize:
@@ -87,7 +96,9 @@ def _decide(source: Source, model: str, recipe: Recipe, out: Path | None, ram: i
         problems += _disk_problems(plan, out)
     if problems:
         raise Refusals(problems)
-    return replace(plan, warnings=(*source.checkpoint.warnings, *plan.warnings))
+    said = {"rewrites": tuple(source.does)} if isinstance(source, RewrittenSource) else {}
+    noted = source.warnings if isinstance(source, RewrittenSource) else []
+    return replace(plan, warnings=(*source.checkpoint.warnings, *plan.warnings, *noted), **said)
 
 
 def tokenizer_files(source: Source) -> dict[str, bytes]:
@@ -131,7 +142,8 @@ def quantize(
 
     out = Path(out)
     chosen = as_recipe(recipe, fields)
-    with open(model, revision=revision) as source:
+    with open(model, revision=revision) as stored:
+        source = _rewritten(stored, chosen)
         plan = _decide(source, str(model), chosen, out, ram, workers)
         how = settings(ram, workers, device, overwrite, **({"on_event": on_event} if on_event else {}), vram=vram)
         calibrated = None

@@ -145,6 +145,7 @@ class Plan:
         needs: statistics that the solvers ask for; empty for a data-free run.
         peak_bytes: predicted peak of resident memory above the interpreter's own.
         disk_bytes: bytes that the outputs take, while being written.
+        rewrites: what the recipe's rewrites do to the float model first, in sentences.
     """
 
     source: str
@@ -154,6 +155,7 @@ class Plan:
     needs: tuple[str, ...] = ()
     peak_bytes: int = 0
     disk_bytes: int = 0
+    rewrites: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """The plan as plain data, for `--json` and the journal."""

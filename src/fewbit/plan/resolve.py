@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewbit.arch.infer import TensorFacts, facts, family_for, model_type_of
+from fewbit.arch.rewrite_table import check as check_rewrites
 from fewbit.base.errors import FewbitError, InputError, Refusals
 from fewbit.base.manifest import Manifest, TensorInfo
 from fewbit.base.names import matches
@@ -131,9 +132,10 @@ def _check_recipe(manifest: Manifest, recipe: Recipe, known: Mapping[str, Tensor
             errors.append(InputError("FB-E0406", f"no method is called {method!r}; there are {', '.join(SOLVERS)}"))
         else:
             for option in recipe.options:
-                if option not in SOLVERS[method].options and method == recipe.method:
+                if "." not in option and option not in SOLVERS[method].options and method == recipe.method:
                     has = ", ".join(SOLVERS[method].options) or "none"
                     errors.append(InputError("FB-E0405", f"method {method} has no option {option!r}; it has {has}"))
+    errors += check_rewrites(recipe.rewrites, recipe.options)
     gguf = any(target.startswith("gguf") for target in recipe.to)  # rules may name tensors as the GGUF does
     for rule in recipe.rules:
         if not gguf and not any(matches(rule.pattern, name) for name in manifest):

@@ -59,6 +59,7 @@ def plan_page(plan: Plan) -> str:
     parts: list[Any] = []
     for output in plan.outputs:
         parts += [_output_table(output), _totals(output), ""]
+    parts += [f"rewrite, {text}" for text in plan.rewrites]
     parts += [f"warning: {text}" for text in plan.warnings]
     parts.append(f"memory: {human_bytes(plan.peak_bytes)} at its peak (predicted); disk: {human_bytes(plan.disk_bytes)}")
     if plan.needs:

@@ -35,6 +35,7 @@ from fewbit.num.scheme import Scheme
 from fewbit.plan.jobs import Job, Plan
 from fewbit.plan.recipe import parse_size
 from fewbit.plan.resources import Budget, budget, job_bytes, tile_rows
+from fewbit.run.rewrites import RewrittenSource
 from fewbit.run.settings import Settings
 from fewbit.run.sinks import Sink, open_sink
 from fewbit.run.source import Source
@@ -144,6 +145,8 @@ def run_plan(plan: Plan, source: Source, out: Path, settings: Settings, calibrat
     run = _Run(plan, source, settings, room, sinks, identity(plan, source))
     try:
         with _stoppable(run):
+            if isinstance(source, RewrittenSource):
+                source.decide(run)
             run.work(groups, calibrated)
         outputs = tuple(sink.finish(_record(plan, source, run)) for sink in sinks)
     finally:
