@@ -20,7 +20,7 @@ from fewbit.math.rounding import level_intervals
 from fewbit.num.grid import Codebook, FloatGrid, Grid, IntGrid
 from fewbit.num.qtensor import code_dtype
 
-_MIN_WEIGHTS = 1 << 14  # below this a kernel's call costs more than torch
+MIN_BLOCK = 16  # one vector; smaller blocks are left to torch
 _LANES = 16
 _MAX_BLOCK = 1 << 16  # above this the lanes of a search no longer fit a cache
 
@@ -38,13 +38,21 @@ class View:
 
     Attributes:
         x: flat blocks of uint16 (bfloat16 bits), int16 (float16 bits) or float32.
-        h: flat float32 blocks repeating over those of x, or None.
+        h: flat float32 blocks repeating over those of x; one block of ones where nothing is weighted.
         shape: (n, block rows, m, block cols); parameters are [n, 1, m, 1].
     """
 
     x: np.ndarray
-    h: np.ndarray | None
+    h: np.ndarray
     shape: tuple[int, int, int, int]
+
+    @functools.cached_property
+    def wide(self) -> np.ndarray:
+        """x as float32."""
+        if self.x.dtype == np.float32:
+            return self.x
+        kind = torch.bfloat16 if self.x.dtype == np.uint16 else torch.float16
+        return torch.from_numpy(self.x.view(np.int16)).view(kind).float().numpy()
 
     @property
     def blocks(self) -> int:
@@ -88,7 +96,7 @@ def view_of(raw: torch.Tensor, h: torch.Tensor | None) -> View | None:
     Tiles are copied so that each lies in one piece; whole rows and groups are not.
     """
     n, br, m, bc = raw.shape
-    if raw.device.type != "cpu" or raw.numel() < _MIN_WEIGHTS or not _LANES <= br * bc <= _MAX_BLOCK:
+    if raw.device.type != "cpu" or raw.numel() == 0 or not MIN_BLOCK <= br * bc <= _MAX_BLOCK:
         return None
     if raw.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return None
@@ -98,7 +106,7 @@ def view_of(raw: torch.Tensor, h: torch.Tensor | None) -> View | None:
     else:
         x = flat.view(torch.int16).numpy() if flat.dtype == torch.float16 else flat.numpy()
     if h is None:
-        return View(x, None, (n, br, m, bc))
+        return View(x, np.ones(br * bc, np.float32), (n, br, m, bc))
     if br > 1:
         h = h.expand(raw.shape).permute(0, 2, 1, 3)
     return View(x, h.reshape(-1).float().contiguous().numpy(), (n, br, m, bc))
@@ -135,7 +143,7 @@ def errors(view: View, grid: Grid, triple: tuple[torch.Tensor | None, ...]) -> t
     """Weighted squared error of each block under (scale, code_shift, value_shift), [n, 1, m, 1]."""
     scale, zero, shift = (view.params(p) for p in triple)
     out, run, arguments = np.empty(view.padded, np.float32), _kernels().errors, _grid_arguments(grid)
-    view.spread(lambda a, b: run(view.x, view.size, view.h, scale, zero, shift, out, a, b, *arguments))
+    view.spread(lambda a, b: run(view.wide, view.size, view.h, scale, zero, shift, out, a, b, *arguments))
     return view.back(out)
 
 
@@ -144,7 +152,7 @@ def curvatures(view: View, grid: Grid, triple: tuple[torch.Tensor | None, ...]) 
     scale, zero, shift = (view.params(p) for p in triple)
     out, weight = np.empty(view.padded, np.float32), np.empty(view.padded, np.float32)
     run, arguments = _kernels().curvatures, _grid_arguments(grid)
-    view.spread(lambda a, b: run(view.x, view.size, view.h, scale, zero, shift, out, weight, a, b, *arguments))
+    view.spread(lambda a, b: run(view.wide, view.size, view.h, scale, zero, shift, out, weight, a, b, *arguments))
     return view.back(out), view.back(weight)
 
 
@@ -170,7 +178,7 @@ def search_scale(view: View, grid: Grid, bases: torch.Tensor, ratios: list[float
     base = np.stack([view.params(b) for b in bases])
     tries, out = np.array(ratios, np.float32), np.empty(view.padded, np.float32)
     run, arguments = _kernels().search_scale, _grid_arguments(grid)
-    view.spread(lambda a, b: run(view.x, view.size, view.h, base, tries, rounds, out, a, b, *arguments))
+    view.spread(lambda a, b: run(view.wide, view.size, view.h, base, tries, rounds, out, a, b, *arguments))
     return view.back(out)
 
 
@@ -181,7 +189,9 @@ def search_zero(
     least, most, tries = view.params(low), view.params(high), np.array(ratios, np.float32)
     scale, zero, run = np.empty(view.padded, np.float32), np.empty(view.padded, np.float32), _kernels().search_zero
     ends = np.float32(grid.low), np.float32(grid.high)
-    view.spread(lambda a, b: run(view.x, view.size, view.h, least, most, tries, near, rounds, scale, zero, a, b, *ends))
+    view.spread(
+        lambda a, b: run(view.wide, view.size, view.h, least, most, tries, near, rounds, scale, zero, a, b, *ends)
+    )
     return view.back(scale), view.back(zero)
 
 
@@ -193,6 +203,6 @@ def search_shift(
     scale, shift, run = np.empty(view.padded, np.float32), np.empty(view.padded, np.float32), _kernels().search_shift
     ends = np.float32(grid.low), np.float32(grid.high)
     view.spread(
-        lambda a, b: run(view.x, view.size, view.h, least, most, tries, rounds, down, scale, shift, a, b, *ends)
+        lambda a, b: run(view.wide, view.size, view.h, least, most, tries, rounds, down, scale, shift, a, b, *ends)
     )
     return view.back(scale), view.back(shift)

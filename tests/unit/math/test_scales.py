@@ -121,7 +121,7 @@ def test_constant_blocks_come_back_within_one_step_of_the_scale(spelling: str, v
     step = max(
         abs(value) * grid.epsilon, 16 * 8 * grid.smallest
     )  # one unit in the last place of the scale, times a level
-    if spelling == "uint4-g16-min" and abs(value) > 65504:
+    if abs(value) > 65504 and spelling in ("uint4-g16-min", "int2-g16"):  # beyond what one f16 can say
         step = abs(value) - 65504 + 32
     assert (back - value).abs().max() <= step
 
@@ -142,7 +142,7 @@ def test_scales_beyond_f16_are_clamped_not_infinite() -> None:
 def test_non_finite_weights_are_named(shape, where, bad: float, dtype: torch.dtype) -> None:
     w = torch.randn(shape).to(dtype)
     w[where] = bad
-    w[..., -1, -1] = bad
+    w.view(-1)[-1] = bad
     many = int((~torch.isfinite(w)).sum())
     for spelling in ("int4-g32", "fp8-e4m3-block16", "nf4-flat64-dq", "nvfp4", "int4-tensor"):
         with pytest.raises(InputError) as caught:
@@ -176,7 +176,7 @@ def test_kernels_equal_plain_torch(spelling: str, dtype: torch.dtype, monkeypatc
         params = fit_plain(scheme, w, h, search)
         codes = snap(scheme, w, params)
         with monkeypatch.context() as patch:
-            patch.setattr(fast, "_MIN_WEIGHTS", 1 << 60)
+            patch.setattr(fast, "MIN_BLOCK", 1 << 60)
             slow = fit_plain(scheme, w, h, search)
             assert torch.equal(codes.view(torch.uint8), snap(scheme, w, params).view(torch.uint8))
             q, slow_q = (assemble(scheme, tuple(w.shape), snap(scheme, w, p), p) for p in (params, slow))

@@ -1,8 +1,8 @@
 """numba kernels over blocks that lie one after another in memory: extremes, snapping, errors and scale search.
 
-All see x as a flat array of blocks of `size` >= 16 numbers, uint16 (bfloat16 bits), int16 (float16 bits) or float32, and one parameter
-per block. They release the GIL and work on blocks b0..b1, so that threads can share a tensor. Weights of errors, h, are a flat float32
-array of whole blocks that repeats over the blocks of x, or None.
+All see x as a flat array of blocks of `size` >= 16 numbers and one parameter per block. `extremes` and `snap` also take uint16 (bfloat16 bits)
+and int16 (float16 bits), the rest float32. They release the GIL and work on blocks b0..b1, so that threads can share a tensor. Weights of
+errors, h, are a flat float32 array of whole blocks that repeats over the blocks of x.
 
 Elementwise work takes sixteen numbers along a block at a time. The search holds sixteen blocks side by side instead, so that every sum has
 a lane of its own and needs no reduction:
@@ -91,13 +91,13 @@ def errors(x, size, h, scale, zero, shift, out, b0, b1, low, high, kind, ends, l
     for b in range(b0, b1):
         s, z, v = splat(scale[b]), splat(zero[b]), splat(shift[b])
         safe = splat(scale[b] if scale[b] != _ZERO else _INFINITE)
-        row = 0 if h is None else b * size % h.shape[0]
+        row = b * size % h.shape[0]
         total = splat(_ZERO)
         for k in range(0, size, WIDTH):
             at = _at(k, size)
             y = load(x, b * size + at)
             miss = ((_level((y - v) / safe + z, low, high, kind, ends, levels) - z) * s + v) - y
-            miss = miss * miss if h is None else miss * miss * load(h, row + at)
+            miss = miss * miss * load(h, row + at)
             if at < k:  # lanes that were counted before
                 miss = where_greater(splat(np.float32(k - at)), places, splat(_ZERO), miss)
             total = total + miss
@@ -117,11 +117,11 @@ def curvatures(x, size, h, scale, zero, shift, out, out_weight, b0, b1, low, hig
     for b in range(b0, b1):
         z, v = splat(zero[b]), splat(shift[b])
         safe = splat(scale[b] if scale[b] != _ZERO else _INFINITE)
-        row = 0 if h is None else b * size % h.shape[0]
+        row = b * size % h.shape[0]
         total, weights = nothing, nothing
         for k in range(0, size, WIDTH):
             at = _at(k, size)
-            weight = splat(_ONE) if h is None else load(h, row + at)
+            weight = load(h, row + at)
             if at < k:  # lanes that were counted before
                 weight = where_greater(splat(np.float32(k - at)), places, nothing, weight)
             q = _level((load(x, b * size + at) - v) / safe + z, low, high, kind, ends, levels) - z
@@ -174,20 +174,19 @@ def _side_by_side(x, size, h, first, end, t, th, origin):
                 v = v - splat(origin[b])
             for i in range(WIDTH):
                 t[(at + i) * WIDTH + n] = lane(v, i)
-        if h is not None:
-            row = b * size % h.shape[0]
-            for k in range(size):
-                th[k * WIDTH + n] = h[row + k]
+        row = b * size % h.shape[0]
+        for k in range(size):
+            th[k * WIDTH + n] = h[row + k]
 
 
 @njit(**_OPTIONS)
-def _sums(t, h, th, size, inverse, shift, off, low, high, kind, ends, levels):
+def _sums(t, th, size, inverse, shift, off, low, high, kind, ends, levels):
     """(sum h q q, sum h q x, sum h q) with q = level(x * inverse + shift) - off, lane by lane."""
     ll, lx, l1 = splat(_ZERO), splat(_ZERO), splat(_ZERO)
     for k in range(size):
         x = load(t, k * WIDTH)
         q = _level(x * inverse + shift, low, high, kind, ends, levels) - off
-        hq = q if h is None else q * load(th, k * WIDTH)
+        hq = q * load(th, k * WIDTH)
         ll = ll + hq * q
         lx = lx + hq * x
         l1 = l1 + hq
@@ -218,12 +217,12 @@ def search_scale(x, size, h, base, ratios, rounds, out, b0, b1, low, high, kind,
             start = load(base[i], first)
             for c in range(ratios.shape[0]):
                 inverse = _inverse(start * splat(ratios[c]))
-                ll, lx, _ = _sums(t, h, th, size, inverse, none, none, low, high, kind, ends, levels)
+                ll, lx, _ = _sums(t, th, size, inverse, none, none, low, high, kind, ends, levels)
                 fitted = lx / ll
                 best = where_greater(fitted * lx, gain, fitted, best)
                 gain = where_greater(fitted * lx, gain, fitted * lx, gain)
         for _ in range(rounds):
-            ll, lx, _ = _sums(t, h, th, size, _inverse(best), none, none, low, high, kind, ends, levels)
+            ll, lx, _ = _sums(t, th, size, _inverse(best), none, none, low, high, kind, ends, levels)
             fitted = lx / ll
             best = where_greater(fitted * lx, gain, fitted, best)
             gain = where_greater(fitted * lx, gain, fitted * lx, gain)
@@ -250,7 +249,7 @@ def search_zero(x, size, h, least, most, ratios, near, rounds, out, out_zero, b0
             inverse = _inverse(s)
             for step in range(-near, near + 1):
                 z = lower(higher(centre + splat(np.float32(step)), bottom), top)
-                ll, lx, _ = _sums(t, h, th, size, inverse, z, z, low, high, None, None, None)
+                ll, lx, _ = _sums(t, th, size, inverse, z, z, low, high, None, None, None)
                 fitted = lx / ll
                 found = where_greater(fitted, nothing, fitted * lx, splat(-_ONE))
                 best = where_greater(found, gain, fitted, best)
@@ -274,7 +273,7 @@ def search_shift(x, size, h, least, most, ratios, rounds, down, out, out_shift, 
         origin, whole = load(least, first), load(most, first) - load(least, first)
         h1, x1 = nothing, nothing
         for k in range(size):
-            weight = splat(_ONE) if h is None else load(th, k * WIDTH)
+            weight = load(th, k * WIDTH)
             h1 = h1 + weight
             x1 = x1 + weight * load(t, k * WIDTH)
         gain, best, best_v = none, whole / splat(high - low), nothing
@@ -284,7 +283,7 @@ def search_shift(x, size, h, least, most, ratios, rounds, down, out, out_shift, 
                 s = whole * splat(ratios[c] / (high - low))
                 v = whole * splat((_ONE - ratios[c]) * _HALF) - splat(low) * s
             inverse = _inverse(s)
-            ll, lx, l1 = _sums(t, h, th, size, inverse, nothing - v * inverse, nothing, low, high, None, None, None)
+            ll, lx, l1 = _sums(t, th, size, inverse, nothing - v * inverse, nothing, low, high, None, None, None)
             det = h1 * ll - l1 * l1
             s = (h1 * lx - l1 * x1) / det
             v = (x1 - s * l1) / h1
