@@ -175,9 +175,13 @@ def _check_strict(plan: Plan, notes: dict[str, tuple[str, ...]]) -> None:
 
 
 def _verify(outputs: Iterable[Path], source: Source) -> tuple[Any, ...]:
+    """Decodes every output again and holds it against the source; raises FB-E0820 when something is wrong."""
     from fewbit.eval.verify import verify
 
-    return tuple(verify(path, base=source) for path in outputs)
+    found = tuple(verify(path, base=source) for path in outputs)
+    for item in found:
+        item.require()
+    return found
 
 
 def quantize_tensor(

@@ -159,3 +159,33 @@ def _with_error(value: float, error: float) -> str:
         return f"{value:.5g}"
     digits = max(0, 1 - math.floor(math.log10(error)))
     return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def conversion_page(plan: Any, done: Any = None) -> str:
+    """What becomes of the weights of a checkpoint in another format, grouped by what happens to them."""
+    from collections import Counter
+
+    groups = Counter((one.kind, str(one.scheme) if one.scheme else "-", one.how) for one in plan.weights.values())
+    worst: dict[tuple[str, str, str], float] = {}
+    for one in plan.weights.values():
+        key = (one.kind, str(one.scheme) if one.scheme else "-", one.how)
+        worst[key] = max(worst.get(key, 0.0), one.error or 0.0)
+    columns = [("what", "left"), ("weights", "right"), ("scheme", "left"), ("how", "left"), ("error at most", "right")]
+    rows = [(kind, count, scheme, how, f"{worst[kind, scheme, how]:.3g}") for (kind, scheme, how), count in groups.items()]
+    parts: list[Any] = [table(columns, rows, title=f"{plan.source} -> {plan.target}"), f"{len(plan.kept)} other tensors are copied as they are"]
+    if done is not None:
+        moved = "no value changed" if done.exact else f"{len(done.errors)} weights changed, by {max(done.errors.values()):.3g} at most (relative)"
+        parts.append(f"{done.out}: {human_bytes(done.nbytes)}; {moved}")
+    return render(*parts)
+
+
+def verified_page(found: Any) -> str:
+    """What `verify` found: findings first, then the weights that keep least of their source."""
+    parts: list[Any] = [f"{found.path}: {found.format or 'plain weights'}", found.summary]
+    if found.compared:
+        rows = [(item.tensor, item.scheme, f"{item.sqnr_db:.1f}", f"{item.expected_db:.1f}") for item in found.compared[:5]]
+        columns = [("least alike", "left"), ("scheme", "left"), ("SQNR dB", "right"), ("plain rounding", "right")]
+        parts += ["", table(columns, rows)]
+    parts += [f"note: {note}" for note in found.notes]
+    parts += ["", "ok" if found.ok else "NOT ok"]
+    return render(*parts)
