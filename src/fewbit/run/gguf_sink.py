@@ -11,6 +11,7 @@ import torch
 from fewbit.base.errors import QualityError
 from fewbit.formats.gguf.encode import source_values, tensor_bytes
 from fewbit.formats.gguf.plan import GgufPlan, PlannedTensor
+from fewbit.formats.gguf.types import FLOATS
 from fewbit.plan.jobs import Job, Output
 from fewbit.run.sinks import ShardSink, facts_of, row_pieces
 from fewbit.run.source import Source
@@ -33,11 +34,13 @@ class GgufSink(ShardSink):
         super().__init__(output, source, ShardWriter(out, layout, overwrite=overwrite, sources=[source.root]))
 
     def copy(self, job: Job, source: Source) -> None:
-        """Writes a tensor of a plain type (F32, F16, BF16)."""
+        """Writes a tensor of a plain type (F32, F16, BF16), or blocks of a GGUF as they are."""
         self.copy_pieces(job, self._pieces(self.planned[job.target], source))
 
     def _pieces(self, tensor: PlannedTensor, source: Source) -> Iterator[torch.Tensor]:
-        if len(tensor.reads) == 1 and not tensor.ops:
+        if tensor.type not in FLOATS:
+            yield source.checkpoint.read(tensor.reads[0])
+        elif len(tensor.reads) == 1 and not tensor.ops:
             for piece in row_pieces(source, tensor.reads[0]):
                 yield tensor_bytes(tensor, piece.float() if tensor.type == "F32" else piece)
         else:
@@ -63,7 +66,7 @@ class GgufSink(ShardSink):
 
 def modelfile(gguf: str, plan: GgufPlan) -> str:
     """An Ollama Modelfile for a GGUF in the same folder: `ollama create NAME -f Modelfile`."""
-    length = plan.metadata.get(f"{plan.family.name}.context_length")
+    length = plan.metadata.get(f"{plan.architecture}.context_length")
     lines = [f"FROM ./{gguf}"]
     if length is not None:
         lines.append(f"PARAMETER num_ctx {min(int(length.data), 8192)}")

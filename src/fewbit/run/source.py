@@ -6,6 +6,7 @@ name it had in the float checkpoint. Everything above (engine, eval, verify, con
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Source:
         for name, stored in self.stored.items():
             first = manifest[stored.parts[0]]
             tensors[name] = TensorInfo(name, dtype, stored.shape, data_bytes(dtype, stored.shape), first.file)
-        return Manifest(tensors, manifest.metadata)
+        return replace(manifest, tensors=tensors)  # keeps what a GGUF's manifest knows besides
 
     def qtensor(self, name: str) -> QTensor | None:
         """The weight as it is stored, or None when it is not quantised."""

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fewbit.base.errors import InputError
-from fewbit.base.manifest import Manifest, TensorInfo
+from fewbit.base.manifest import TensorInfo
 from fewbit.base.record import digest
-from fewbit.formats.gguf.metadata import Metadata
+from fewbit.formats.gguf.metadata import GgufManifest, Metadata
 from fewbit.store import sniff
 from fewbit.store.fileio import OpenFile
 from fewbit.store.gguf_check import check_metadata
@@ -52,7 +52,7 @@ class GgufSource:
             raise
         first = self.headers[paths[0].name]
         self.metadata: Metadata = {key: value for key, value in first.metadata.items() if not key.startswith("split.")}
-        self.manifest = Manifest(tensors, _as_strings(self.metadata))
+        self.manifest = GgufManifest(tensors, _as_strings(self.metadata), self.metadata)
         self.alignment = first.alignment
         self.config: dict[str, Any] = {}
         self.aux_files: tuple[Path, ...] = ()

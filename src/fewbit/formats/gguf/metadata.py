@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from fewbit.base.errors import InputError
+from fewbit.base.manifest import Manifest
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -100,6 +101,17 @@ class Value:
 
 
 Metadata = dict[str, Value]
+
+
+@dataclass(frozen=True)
+class GgufManifest(Manifest):
+    """The manifest of a GGUF model, with its metadata typed as the file has it.
+
+    Attributes:
+        typed: values by key, the keys of a split left out.
+    """
+
+    typed: Metadata = field(default_factory=dict)
 
 
 def text(value: str | bytes) -> Value:

@@ -9,17 +9,17 @@ plan.layout_rows()  for store.gguf_layout.lay_out_gguf
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 from fewbit.base.errors import FewbitError, InputError, Refusals
 from fewbit.formats.gguf import metadata as meta
 from fewbit.formats.gguf.families import Family, check_config, family_of, model_metadata, prepared
-from fewbit.formats.gguf.metadata import Metadata
-from fewbit.formats.gguf.recipes import Choice, ModelFacts, Recipe, choose, recipe_named
+from fewbit.formats.gguf.metadata import GgufManifest, Metadata
+from fewbit.formats.gguf.recipes import Choice, ModelFacts, Recipe, choose, quantisable, recipe_named
 from fewbit.formats.gguf.targets import Info, Target, expand
-from fewbit.formats.gguf.types import FLOATS, block_type
+from fewbit.formats.gguf.types import FLOATS, TYPES, block_type
 from fewbit.formats.gguf.vocabulary import Vocabulary, read_vocabulary
 from fewbit.num.scheme import Scheme
 
@@ -34,7 +34,7 @@ class PlannedTensor:
         name: GGUF name.
         reads, ops, shape, dtype, values: see `targets.Target`.
         type: GGML type name.
-        scheme: the same as a scheme, None for F32, F16 and BF16.
+        scheme: the same as a scheme; None for F32, F16 and BF16, and for blocks of a GGUF that are copied as they are.
         reason: why this type.
         needs_imatrix: whether the type is useless without an importance matrix, and none was announced.
     """
@@ -61,14 +61,14 @@ class GgufPlan:
     """Everything that decides the bytes of a GGUF except the weights.
 
     Attributes:
-        family: the architecture's table.
+        architecture: llama.cpp's name for it.
         recipe: how types were chosen.
         tensors: in file order.
         metadata: all keys, typed.
         notes: what is worth saying to the user.
     """
 
-    family: Family
+    architecture: str
     recipe: Recipe
     tensors: tuple[PlannedTensor, ...]
     metadata: Metadata
@@ -109,6 +109,8 @@ def gguf_plan(
     Raises:
         InputError: FB-E0320 .. FB-E0324, FB-E0330; several at once as `Refusals`.
     """
+    if isinstance(manifest, GgufManifest):
+        return requantised(manifest, recipe, overrides, imatrix=imatrix)
     family = family_of(config)
     names = prepared(config, family)
     refused: list[FewbitError] = []
@@ -129,7 +131,7 @@ def gguf_plan(
     targets, notes = expanded
     rows = next(target.shape[0] for target in targets if target.name == "token_embd.weight")
     vocabulary = attempt(lambda: _vocabulary(files, names, family, rows, pre))
-    facts = model_facts(own, family)
+    facts = model_facts(own, family.name)
     shapes = [(target.name, target.shape) for target in targets]
     types = chosen and attempt(lambda: choose(shapes, chosen, facts, overrides, imatrix))
     if refused:
@@ -142,25 +144,57 @@ def gguf_plan(
     )
     tensors = tuple(_planned(target, types[target.name]) for target in targets)
     silent = ["no tokeniser was found: the file has no vocabulary and answers token ids only"] * (vocabulary is None)
-    return GgufPlan(family, chosen, tensors, metadata, (*notes, *silent, *(vocabulary.notes if vocabulary else ())))
+    return GgufPlan(family.name, chosen, tensors, metadata, (*notes, *silent, *(vocabulary.notes if vocabulary else ())))
 
 
 def _all(refused: list[FewbitError]) -> FewbitError:
     return refused[0] if len(refused) == 1 else Refusals(refused)
 
 
-def model_facts(own: Metadata, family: Family) -> ModelFacts:
+def requantised(
+    manifest: GgufManifest, recipe: str = "Q4_K_M", overrides: Mapping[str, str] | None = None, *, imatrix: bool = False
+) -> GgufPlan:
+    """Plans another GGUF of a GGUF, of whatever architecture: the same tensors and metadata, other types.
+
+    Tensors that llama.cpp never quantises keep their type; so does every tensor that the recipe would store in more bits than it has. What
+    keeps its type is copied byte for byte: it has no scheme in the plan.
+
+    Raises:
+        InputError: FB-E0312 for a file that names no architecture, FB-E0324 and FB-E0330 for words that do not exist.
+    """
+    chosen, own = recipe_named(recipe), manifest.typed
+    if "general.architecture" not in own or own["general.architecture"].spelling != "str":
+        raise InputError("FB-E0312", "the GGUF names no architecture (general.architecture), so it is no model")
+    architecture = str(own["general.architecture"].data)
+    shapes = [(info.name, info.shape) for info in manifest.values()]
+    types = choose(shapes, chosen, model_facts(own, architecture), overrides, imatrix)
+    tensors = []
+    for info in manifest.values():
+        choice, held = types[info.name], info.dtype.removeprefix("GGML:")
+        if held not in TYPES:
+            raise InputError("FB-E0310", f"tensors of type {held} can be listed but not converted", tensor=info.name)
+        if not quantisable(info.name, info.shape):
+            choice = Choice(held, choice.reason)
+        elif TYPES[held].bits < TYPES[choice.type].bits and choice.reason != "by override":
+            choice = Choice(held, f"kept: {choice.type} would take more bits and gain nothing")
+        planned = _planned(Target(info.name, (info.name,), (), info.shape, info.dtype), choice)
+        tensors.append(replace(planned, scheme=None) if held == choice.type else planned)
+    changed = {"general.quantization_version": meta.u32(QUANTIZATION_VERSION), "general.file_type": meta.u32(chosen.file_type)}
+    return GgufPlan(architecture, chosen, tuple(tensors), own | changed, ())
+
+
+def model_facts(own: Metadata, architecture: str) -> ModelFacts:
     """What recipes ask of a model, from its metadata."""
 
     def number(key: str, default: int) -> int:
-        value = own.get(f"{family.name}.{key}")
-        return int(value.data if not value.is_array else value.data[0]) if value else default
+        value = own.get(f"{architecture}.{key}")
+        if value is None or (value.is_array and not len(value.data)):
+            return default
+        return int(value.data[0] if value.is_array else value.data)
 
     heads = number("attention.head_count", 1)
     shared = number("attention.head_count_kv", heads)
-    return ModelFacts(
-        family.name, number("block_count", 0), number("expert_count", 0), heads // shared if shared else 0
-    )
+    return ModelFacts(architecture, number("block_count", 0), number("expert_count", 0), heads // shared if shared else 0)
 
 
 def _vocabulary(

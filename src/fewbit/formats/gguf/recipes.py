@@ -241,7 +241,7 @@ def _picked(kind: str, layer: _Layer) -> tuple[str, str]:
     if recipe.pure or recipe.base in FLOATS or row is None:
         return recipe.base, recipe.name
     picked = evaluate(row, names)
-    seventy_billion = facts.blocks == 80 and facts.architecture in ("llama", "qwen2")
+    seventy_billion = facts.blocks == 80 and facts.architecture in ("llama", "qwen2") and facts.heads_per_kv > 1
     if kind == "attn_v" and seventy_billion and not recipe.small and picked in ("Q3_K", "Q4_K"):
         picked = "Q5_K"  # eight heads share attn_v there: more bits cost next to nothing
     return picked, recipe.name if picked == recipe.base else f"{recipe.name}: {kind}"
