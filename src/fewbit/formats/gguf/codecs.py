@@ -58,6 +58,8 @@ def to_blocks(type_name: str | int, q: QTensor) -> torch.Tensor:
     if row.name in FLOATS:
         return q.codes.contiguous().view(torch.uint8).reshape(out_shape)
     count = prod(q.shape) // row.block
+    if not count:
+        return torch.empty(out_shape, dtype=torch.uint8)
     parts = {name: _as_numpy(part).reshape(count, -1) for name, part in q.named_parts().items()}
     return torch.from_numpy(CODECS[row.name].pack(parts)).reshape(out_shape)
 
@@ -86,7 +88,10 @@ def from_blocks(type_name: str | int, data: torch.Tensor, shape: tuple[int, ...]
         if flat.storage_offset() % dtype.itemsize:  # a slice of a file may start anywhere
             flat = flat.clone()
         return QTensor(row.scheme, tuple(shape), flat.view(dtype).reshape(shape))
-    parts = CODECS[row.name].unpack(data.reshape(-1, row.nbytes).numpy())
+    blocks = data.reshape(-1, row.nbytes).numpy() if wanted else np.zeros((1, row.nbytes), np.uint8)
+    parts = CODECS[row.name].unpack(blocks)
+    if not wanted:
+        parts = {name: entries[:0] for name, entries in parts.items()}
     return _assemble(_scheme_read(row, parts), tuple(shape), parts)
 
 
@@ -99,7 +104,7 @@ def _scheme_read(row: BlockType, parts: Parts) -> Scheme:
 
 def _assemble(scheme: Scheme, shape: tuple[int, ...], parts: Parts, prefix: str = "") -> QTensor:
     """Parts [blocks, entries per block] -> QTensor, recursively."""
-    codes = _as_torch(parts[f"{prefix}codes"], code_dtype(scheme.grid)).reshape(*shape[:-1], -1 if prod(shape) else 0)
+    codes = _as_torch(parts[f"{prefix}codes"], code_dtype(scheme.grid)).reshape(*shape[:-1], shape[-1] // scheme.grid.dim)
     counts = scheme.block_counts(shape)
     stored: dict[str, torch.Tensor | QTensor] = {}
     for name, part in scheme.parts():

@@ -88,7 +88,7 @@ TYPES: dict[str, BlockType] = {
         BlockType("TQ1_0", 34, 256, 54, "tq1_0"),
         BlockType("TQ2_0", 35, 256, 66, "tq2_0"),
         BlockType("MXFP4", 39, 32, 17, "mxfp4"),
-        BlockType("NVFP4", 40, 64, 36, "fp4-g16-ue4m3"),
+        BlockType("NVFP4", 40, 64, 36, "fp4-g16-fp8-e4m3"),
     )
 }
 _BY_NUMBER: dict[int, BlockType] = {row.number: row for row in TYPES.values()}

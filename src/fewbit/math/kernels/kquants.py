@@ -25,7 +25,7 @@ from fewbit.num.qtensor import QTensor, code_dtype, native_dtype
 from fewbit.num.scheme import Scheme, parse_scheme
 
 _F = np.float32
-_PLUS = ((1, 0), (-1, 0), (0, 1), (0, -1))
+_PLUS = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))
 _STAR = (*_PLUS, (1, 1), (-1, -1), (1, -1), (-1, 1))
 PIECE = 1 << 21  # weights cast to float32 at once
 FAINT = 1e-6  # importance of what has none, relative to the mean
@@ -53,16 +53,16 @@ class Effort:
 _IQ4 = Effort((-127, -122, -117, -132, -137, -110, 113, 108, 118, 123, 103, 98), polish=1, reach=1, rounds=1)
 _TERNARY = Effort(tuple(1 / s for s in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)), polish=3)
 EFFORTS: dict[str, Effort] = {
-    "q4_0": Effort((-8, -7.6, -7.2, -8.4, 7.5, 7.2), polish=2),
-    "q5_0": Effort((-16, -15.5, -15, -16.5), polish=2),
-    "q8_0": Effort((127,), polish=0),
+    "q4_0": Effort((-9, -8.6, -8.3, -8, -7.7, -7.4, -7.1, -6.7, 7.8, 7.5, 7.2, 6.9), polish=2),
+    "q5_0": Effort((-17, -16.5, -16, -15.5, -15, -14.5, 15.5, 15), polish=2),
+    "q8_0": Effort((127, 126.4, 125.7, 125, 124.3, 123.6, -128), polish=1),
     "q4_1": Effort((15, 14, 16, 17), (0.0, 0.03), polish=2),
     "q5_1": Effort((31, 30, 32), (0.0, 0.015), polish=2),
     "q2_k": Effort((2.2, 2.5, 3, 3.5, 3.8, 4.1), (0.0, 0.1), polish=2, reach=_STAR, rounds=1),
-    "q3_k": Effort((-4.8, -4.3, -3.9, -3.5, -3.1, -2.7), polish=1, reach=1, rounds=1),
+    "q3_k": Effort((-4.8, -4.4, -4.0, -3.7, -3.4, -3.1, -2.8), polish=2, reach=1, rounds=1),
     "q4_k": Effort((12, 13, 14, 15, 16, 17, 18), (0.0, 0.04), polish=2, reach=_PLUS),
     "q5_k": Effort((30, 31, 32, 34), (0.0, 0.02), polish=2, reach=_PLUS),
-    "q6_k": Effort((-31, -32, -30.2), polish=1, reach=0, rounds=1),
+    "q6_k": Effort((-32.5, -31.8, -31.1, -30.4, -29.7), polish=1, reach=1, rounds=1),
     "iq4_nl": replace(_IQ4, polish=2),
     "iq4_xs": _IQ4,
     "tq1_0": _TERNARY,
@@ -183,7 +183,7 @@ def row_pieces(
     """
     shape = tuple(w.shape)
     rows, cols = (1, 1, *shape)[-2:]
-    matrices = w.reshape(-1, rows, cols)
+    matrices = w.reshape(prod(shape[:-2]), rows, cols)
     spread = spread_importance(importance, shape, scheme.blocks.resolve(shape))
     step = max(1, PIECE // max(1, cols))
     for batch, matrix in enumerate(matrices):

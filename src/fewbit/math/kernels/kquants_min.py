@@ -14,176 +14,167 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from fewbit.math.kernels.kquants_tiles import LANES, F, inverse, load_tile, round_f16
+from fewbit.math.kernels.kquants_tiles import CHUNK, LANES, F, inverse, inverses, load_tile, round_f16, tile_place
+from fewbit.math.kernels.lanes import higher, load, lower, rint, splat, store, where_greater
 
 # rows of the per-tile scratch array, one float32 per lane each
-(
-    _H,
-    _HX,
-    _HXX,
-    _SQ,
-    _SQQ,
-    _SXQ,
-    _INV,
-    _LOW,
-    _BEST,
-    _SCALE,
-    _SHIFT,
-    _K,
-    _M,
-    _KC,
-    _MC,
-    _MIN,
-    _RANGE,
-    _BQ,
-    _BQQ,
-    _BXQ,
-    _D,
-    _DMIN,
-) = range(22)
+_H, _HX, _SCALE, _SHIFT, _K, _M, _D, _DMIN, _AA, _AB, _BB, _RA, _RB = (16 * row for row in range(13))
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=True, inline="always")
-def _sums(xt, hx, ht, top, size, s):
-    """sum(h q), sum(h q q), sum(h x q) per lane for the codes nearest to (x - low) * inv."""
-    inv, low, sq, sqq, sxq = s[_INV], s[_LOW], s[_SQ], s[_SQQ], s[_SXQ]
-    for lane in range(LANES):
-        sq[lane] = F(0.0)
-        sqq[lane] = F(0.0)
-        sxq[lane] = F(0.0)
-    for j in range(0, size, 4):  # four at a time: the sums go through memory, their chains must be short
-        for lane in range(LANES):
-            q0 = min(max(np.rint((xt[j, lane] - low[lane]) * inv[lane]), F(0.0)), top)
-            q1 = min(max(np.rint((xt[j + 1, lane] - low[lane]) * inv[lane]), F(0.0)), top)
-            q2 = min(max(np.rint((xt[j + 2, lane] - low[lane]) * inv[lane]), F(0.0)), top)
-            q3 = min(max(np.rint((xt[j + 3, lane] - low[lane]) * inv[lane]), F(0.0)), top)
-            p0, p1, p2, p3 = ht[j, lane] * q0, ht[j + 1, lane] * q1, ht[j + 2, lane] * q2, ht[j + 3, lane] * q3
-            sq[lane] += p0 + p1 + p2 + p3
-            sqq[lane] += p0 * q0 + p1 * q1 + p2 * q2 + p3 * q3
-            sxq[lane] += hx[j, lane] * q0 + hx[j + 1, lane] * q1 + hx[j + 2, lane] * q2 + hx[j + 3, lane] * q3
+@njit(nogil=True, cache=True, error_model="numpy")
+def _sums(xt, ht, inv, base, top, size):
+    """(sum(h q), sum(h q q), sum(h x q)) as lanes, for the codes nearest to x * inv - base."""
+    zero, most = splat(F(0)), splat(top)
+    sq, sqq, sxq = zero, zero, zero
+    sp, spp, syp = zero, zero, zero
+    for j in range(0, size * LANES, 2 * LANES):
+        x, y = load(xt, j), load(xt, j + LANES)
+        q = lower(higher(rint(x * inv - base), zero), most)
+        p = lower(higher(rint(y * inv - base), zero), most)
+        hq, hp = load(ht, j) * q, load(ht, j + LANES) * p
+        sq, sp = sq + hq, sp + hp
+        sqq, spp = sqq + hq * q, spp + hp * p
+        sxq, syp = sxq + hq * x, syp + hp * y
+    return sq + sp, sqq + spp, sxq + syp
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=True, inline="always")
-def _least_squares(s, down):
-    """Keep the best (scale, shift) for the codes just summed where it beats what the lane has."""
-    for lane in range(LANES):
-        h, hx, sq, sqq, sxq = s[_H, lane], s[_HX, lane], s[_SQ, lane], s[_SQQ, lane], s[_SXQ, lane]
+@njit(nogil=True, cache=True, error_model="numpy")
+def _error(scale, shift, sq, sqq, sxq, h, hx):
+    """Weighted squared error without the constant sum(h x x)."""
+    two = splat(F(2))
+    return scale * (scale * sqq + two * (shift * sq - sxq)) + shift * (shift * h - two * hx)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _ideal(xt, ht, top, size, candidates, polish, down, s):
+    """Step 1: best scale and shift of every lane on its own; with `down` the shift may not be positive."""
+    zero, tiny = splat(F(0)), splat(F(1e-37))
+    least, most, h, hx = load(xt, 0), load(xt, 0), zero, zero
+    for j in range(0, size * LANES, LANES):
+        x, weight = load(xt, j), load(ht, j)
+        least, most = lower(x, least), higher(x, most)
+        h, hx = h + weight, hx + weight * x
+    least = lower(least, zero) if down else least
+    spread = most - least
+    best, scale, shift = splat(F(1e30)), zero, least
+    for c in range(candidates.shape[0] + polish):
+        if c < candidates.shape[0]:
+            inv = splat(candidates[c, 0]) * inverses(spread)
+            low = least + splat(candidates[c, 1]) * spread
+            low = lower(low, zero) if down else low
+        else:
+            inv, low = inverses(scale), shift
+        sq, sqq, sxq = _sums(xt, ht, inv, low * inv, top, size)
         det = h * sqq - sq * sq
-        free = det > F(1e-7) * h * sqq
-        safe = det if free else F(1.0)
-        scale = (h * sxq - sq * hx) / safe if free else F(0.0)
-        shift = (sqq * hx - sq * sxq) / safe if free else hx / max(h, F(1e-38))
-        clamped = down and shift > F(0.0)
-        shift = F(0.0) if clamped else shift
-        scale = sxq / max(sqq, F(1e-38)) if clamped else scale
-        error = scale * (scale * sqq + F(2.0) * (shift * sq - sxq)) + shift * (shift * h - F(2.0) * hx)
-        better = error < s[_BEST, lane] and scale >= F(0.0)
-        s[_BEST, lane] = error if better else s[_BEST, lane]
-        s[_SCALE, lane] = scale if better else s[_SCALE, lane]
-        s[_SHIFT, lane] = shift if better else s[_SHIFT, lane]
+        free = splat(F(1e-6)) * h * sqq  # below this all codes are alike
+        divisor = where_greater(det, free, det, splat(F(1)))
+        a = where_greater(det, free, (h * sxq - sq * hx) / divisor, zero)
+        b = where_greater(det, free, (sqq * hx - sq * sxq) / divisor, hx / higher(h, tiny))
+        if down:
+            a = where_greater(b, zero, sxq / higher(sqq, tiny), a)
+            b = lower(b, zero)
+        error = where_greater(zero, a, splat(F(1e31)), _error(a, b, sq, sqq, sxq, h, hx))
+        scale, shift = where_greater(best, error, a, scale), where_greater(best, error, b, shift)
+        best = lower(error, best)
+    store(s, _H, h)
+    store(s, _HX, hx)
+    store(s, _SCALE, scale)
+    store(s, _SHIFT, shift)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=True, inline="always")
-def _ideal(xt, hx, ht, top, size, candidates, polish, down, s):
-    """Step 1."""
-    total, total_x, low, high = s[_H], s[_HX], s[_MIN], s[_RANGE]
-    for lane in range(LANES):
-        total[lane], total_x[lane], low[lane], high[lane] = F(0.0), F(0.0), F(0.0) if down else xt[0, lane], xt[0, lane]
-    for j in range(size):
-        for lane in range(LANES):
-            low[lane], high[lane] = min(low[lane], xt[j, lane]), max(high[lane], xt[j, lane])
-            total[lane] += ht[j, lane]
-            total_x[lane] += hx[j, lane]
-    for lane in range(LANES):
-        high[lane] = max(high[lane] - low[lane], F(0.0))  # from here on the range
-        s[_BEST, lane], s[_SCALE, lane], s[_SHIFT, lane] = F(np.inf), F(0.0), low[lane]
-    for c in range(candidates.shape[0]):
-        for lane in range(LANES):
-            s[_INV, lane] = candidates[c, 0] * inverse(s[_RANGE, lane])
-            s[_LOW, lane] = s[_MIN, lane] + candidates[c, 1] * s[_RANGE, lane]
-            s[_LOW, lane] = min(s[_LOW, lane], F(0.0)) if down else s[_LOW, lane]
-        _sums(xt, hx, ht, top, size, s)
-        _least_squares(s, down)
-    for _ in range(polish):
-        for lane in range(LANES):
-            s[_INV, lane], s[_LOW, lane] = inverse(s[_SCALE, lane]), s[_SHIFT, lane]
-        _sums(xt, hx, ht, top, size, s)
-        _least_squares(s, down)
-
-
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=True, inline="always")
-def _try_codes(xt, hx, ht, top, size, code_top, k_step, m_step, s):
-    """Error of every lane with scale and shift codes a step away from their centres; kept where it is the least so far."""
-    for lane in range(LANES):
-        k = min(max(s[_KC, lane] + k_step, F(0.0)), code_top)
-        m = min(max(s[_MC, lane] + m_step, F(0.0)), code_top)
-        s[_INV, lane] = inverse(s[_D, lane] * k)
-        s[_LOW, lane] = s[_DMIN, lane] * m
-    _sums(xt, hx, ht, top, size, s)
-    for lane in range(LANES):
-        k = min(max(s[_KC, lane] + k_step, F(0.0)), code_top)
-        m = min(max(s[_MC, lane] + m_step, F(0.0)), code_top)
-        scale, shift = s[_D, lane] * k, s[_DMIN, lane] * m
-        sq, sqq, sxq = s[_SQ, lane], s[_SQQ, lane], s[_SXQ, lane]
-        error = scale * (scale * sqq + F(2.0) * (shift * sq - sxq)) + shift * (
-            shift * s[_H, lane] - F(2.0) * s[_HX, lane]
+@njit(nogil=True, cache=True, error_model="numpy")
+def _codes_around(xt, ht, top, size, code_top, reach, s):
+    """The best pair of codes (k, m) within reach of each lane's own, and the terms of the super-block's normal equations for it."""
+    zero, most = splat(F(0)), splat(code_top)
+    centre_k, centre_m, d, dmin, h, hx = (
+        load(s, _K),
+        load(s, _M),
+        load(s, _D),
+        load(s, _DMIN),
+        load(s, _H),
+        load(s, _HX),
+    )
+    best, k, m = splat(F(1e30)), centre_k, centre_m
+    bq, bqq, bxq = zero, zero, zero
+    for step in range(reach.shape[0]):
+        trial_k = lower(higher(centre_k + splat(reach[step, 0]), zero), most)
+        trial_m = lower(higher(centre_m + splat(reach[step, 1]), zero), most)
+        scale, shift = d * trial_k, dmin * trial_m
+        inv = inverses(scale)
+        sq, sqq, sxq = _sums(xt, ht, inv, shift * inv, top, size)
+        error = _error(scale, shift, sq, sqq, sxq, h, hx)
+        k, m = where_greater(best, error, trial_k, k), where_greater(best, error, trial_m, m)
+        bq, bqq, bxq = (
+            where_greater(best, error, sq, bq),
+            where_greater(best, error, sqq, bqq),
+            where_greater(best, error, sxq, bxq),
         )
-        better = error < s[_BEST, lane]
-        s[_BEST, lane] = error if better else s[_BEST, lane]
-        s[_K, lane] = k if better else s[_K, lane]
-        s[_M, lane] = m if better else s[_M, lane]
-        s[_BQ, lane] = sq if better else s[_BQ, lane]
-        s[_BQQ, lane] = sqq if better else s[_BQQ, lane]
-        s[_BXQ, lane] = sxq if better else s[_BXQ, lane]
+        best = lower(error, best)
+    store(s, _K, k)
+    store(s, _M, m)
+    store(s, _AA, k * k * bqq)
+    store(s, _AB, k * m * bq)
+    store(s, _BB, m * m * h)
+    store(s, _RA, k * bxq)
+    store(s, _RB, m * hx)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=True, inline="always")
-def _joint(s, first, width, d, dmin, g):
-    """(d, dmin) of one super-block by least squares, its codes given; unchanged where the equations are singular."""
-    aa, ab, bb, ra, rb = F(0.0), F(0.0), F(0.0), F(0.0), F(0.0)
+@njit(nogil=True, cache=True, error_model="numpy")
+def _joint(s, first, width, d, dmin):
+    """(d, dmin) of one super-block by least squares, its codes given; as they were where the equations are singular."""
+    aa, ab, bb, ra, rb = F(0), F(0), F(0), F(0), F(0)
     for lane in range(first, first + width):
-        k, m = s[_K, lane], s[_M, lane]
-        aa += k * k * s[_BQQ, lane]
-        ab += k * m * s[_BQ, lane]
-        bb += m * m * s[_H, lane]
-        ra += k * s[_BXQ, lane]
-        rb += m * s[_HX, lane]
-        s[_KC, lane], s[_MC, lane] = k, m
+        aa += s[_AA + lane]
+        ab += s[_AB + lane]
+        bb += s[_BB + lane]
+        ra += s[_RA + lane]
+        rb += s[_RB + lane]
     det = aa * bb - ab * ab
     if det > F(1e-5) * aa * bb:
-        d[g] = round_f16((ra * bb - rb * ab) / det)
-        dmin[g] = round_f16((rb - d[g] * ab) / bb)
-    elif aa > F(0.0):
-        d[g] = round_f16((ra - ab * dmin[g]) / aa)
+        d = round_f16((ra * bb - rb * ab) / det)
+        dmin = round_f16((rb - d * ab) / bb)
+    elif aa > F(0):
+        d = round_f16((ra - ab * dmin) / aa)
+    return d, dmin
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=True, inline="always")
-def _nest(xt, hx, ht, top, size, supers, code_top, reach, rounds, d, dmin, s):
-    """Step 2: codes k and m of the lanes, d and dmin (<= 0) of the groups of lanes."""
+@njit(nogil=True, cache=True, error_model="numpy")
+def _nest(xt, ht, top, size, supers, code_top, reach, rounds, s):
+    """Step 2: codes k and m of the lanes, d and dmin (<= 0) of the groups of lanes, left in `s`."""
     width = LANES // supers
     for g in range(supers):
-        scale, shift = F(0.0), F(0.0)
-        for lane in range(g * width, (g + 1) * width):
-            scale, shift = max(scale, s[_SCALE, lane]), min(shift, s[_SHIFT, lane])
-        d[g], dmin[g] = round_f16(scale / code_top), round_f16(shift / code_top)
-        for lane in range(g * width, (g + 1) * width):
-            s[_KC, lane] = min(max(np.rint(s[_SCALE, lane] * inverse(d[g])), F(0.0)), code_top)
-            s[_MC, lane] = min(max(np.rint(s[_SHIFT, lane] * inverse(dmin[g])), F(0.0)), code_top)
+        first, scale, shift = g * width, F(0), F(0)
+        for lane in range(first, first + width):
+            scale, shift = max(scale, s[_SCALE + lane]), min(shift, s[_SHIFT + lane])
+        d, dmin = round_f16(scale / code_top), round_f16(shift / code_top)
+        by, by_min = inverse(d), inverse(dmin)
+        for lane in range(first, first + width):
+            s[_D + lane], s[_DMIN + lane] = d, dmin
+            s[_K + lane] = min(max(np.rint(s[_SCALE + lane] * by), F(0)), code_top)
+            s[_M + lane] = min(max(np.rint(s[_SHIFT + lane] * by_min), F(0)), code_top)
     for _ in range(rounds):
-        for lane in range(LANES):
-            s[_BEST, lane], s[_D, lane], s[_DMIN, lane] = F(np.inf), d[lane // width], dmin[lane // width]
-        _try_codes(xt, hx, ht, top, size, code_top, F(0.0), F(0.0), s)
-        for step in range(reach.shape[0]):
-            _try_codes(xt, hx, ht, top, size, code_top, reach[step, 0], reach[step, 1], s)
+        _codes_around(xt, ht, top, size, code_top, reach, s)
         for g in range(supers):
-            _joint(s, g * width, width, d, dmin, g)
+            d, dmin = _joint(s, g * width, width, s[_D + g * width], s[_DMIN + g * width])
+            for lane in range(g * width, (g + 1) * width):
+                s[_D + lane], s[_DMIN + lane] = d, dmin
 
 
-@njit(nogil=True, cache=True, error_model="numpy", parallel=True, fastmath=True)
+@njit(nogil=True, cache=True, error_model="numpy")
+def _snap(x, first, blocks, size, top, s, codes):
+    """Step 3: codes of the blocks of a tile under their stored scales and shifts."""
+    zero, most = splat(F(0)), splat(top)
+    for lane in range(blocks):
+        start, inv, low = (first + lane) * size, splat(inverse(s[_SCALE + lane])), splat(s[_SHIFT + lane])
+        for j in range(start, start + size, LANES):
+            store(codes, j, lower(higher(rint((load(x, j) - low) * inv), zero), most))
+
+
+@njit(nogil=True, cache=True, parallel=True, error_model="numpy")
 def quantize_minimum(
     x, h, size, per_super, top, candidates, polish, code_top, reach, rounds, codes, k_out, m_out, d_out, dmin_out
 ):
-    """Quantise blocks of `size` weights.
+    """Quantise blocks of `size` weights, a multiple of 16.
 
     Args:
         x: float32 [n * size]; h: float32 [period], importance repeating along x (period a multiple of size).
@@ -195,33 +186,30 @@ def quantize_minimum(
     """
     count = x.size // size
     tiles = (count + LANES - 1) // LANES
-    for chunk in prange((tiles + 15) // 16):
-        xt, ht, hx = (
-            np.empty((size, LANES), np.float32),
-            np.empty((size, LANES), np.float32),
-            np.empty((size, LANES), np.float32),
+    for chunk in prange((tiles + CHUNK - 1) // CHUNK):
+        xt, ht, s = (
+            np.empty(size * LANES, np.float32),
+            np.empty(size * LANES, np.float32),
+            np.zeros(13 * LANES, np.float32),
         )
-        s = np.zeros((22, LANES), np.float32)
-        d, dmin = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-        for tile in range(chunk * 16, min(tiles, chunk * 16 + 16)):
-            first = tile * LANES
-            load_tile(x, h, h.size, first, count, size, xt, ht)
-            for j in range(size):
-                for lane in range(LANES):
-                    hx[j, lane] = ht[j, lane] * xt[j, lane]
-            _ideal(xt, hx, ht, top, size, candidates, polish, per_super > 1, s)
+        column = -1
+        for tile in range(chunk * CHUNK, min(tiles, chunk * CHUNK + CHUNK)):
+            first, place = tile_place(tile, size, count, h.size)
+            load_tile(x, x.size, first, count, size, xt)
+            if place != column:
+                load_tile(h, h.size, first, count, size, ht)
+                column = place
+            _ideal(xt, ht, top, size, candidates, polish, per_super > 1, s)
             if per_super > 1:
-                _nest(xt, hx, ht, top, size, LANES // per_super, code_top, reach, rounds, d, dmin, s)
-            for lane in range(min(LANES, count - first)):
+                _nest(xt, ht, top, size, LANES // per_super, code_top, reach, rounds, s)
+            blocks = min(LANES, count - first)
+            for lane in range(blocks):
                 block = first + lane
                 if per_super > 1:
-                    group = lane // per_super
-                    scale, shift = d[group] * s[_K, lane], dmin[group] * s[_M, lane]
-                    k_out[block], m_out[block] = np.uint8(s[_K, lane]), np.uint8(s[_M, lane])
-                    d_out[block // per_super], dmin_out[block // per_super] = d[group], dmin[group]
+                    k_out[block], m_out[block] = np.uint8(s[_K + lane]), np.uint8(s[_M + lane])
+                    d_out[block // per_super], dmin_out[block // per_super] = s[_D + lane], s[_DMIN + lane]
+                    s[_SCALE + lane], s[_SHIFT + lane] = s[_D + lane] * s[_K + lane], s[_DMIN + lane] * s[_M + lane]
                 else:
-                    scale, shift = round_f16(s[_SCALE, lane]), round_f16(s[_SHIFT, lane])
-                    d_out[block], dmin_out[block] = scale, shift
-                inv = inverse(scale)
-                for j in range(block * size, (block + 1) * size):
-                    codes[j] = np.uint8(min(max(np.rint((x[j] - shift) * inv), F(0.0)), top))
+                    s[_SCALE + lane], s[_SHIFT + lane] = round_f16(s[_SCALE + lane]), round_f16(s[_SHIFT + lane])
+                    d_out[block], dmin_out[block] = s[_SCALE + lane], s[_SHIFT + lane]
+            _snap(x, first, blocks, size, top, s, codes)

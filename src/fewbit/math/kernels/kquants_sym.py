@@ -17,166 +17,117 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from fewbit.math.kernels.kquants_tiles import LANES, F, inverse, load_tile, round_f16
+from fewbit.math.kernels.kquants_tiles import CHUNK, LANES, F, inverse, inverses, load_tile, round_f16, tile_place
+from fewbit.math.kernels.lanes import higher, load, lower, rint, splat, store, where_greater
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=True, inline="always")
-def _sums(xt, hx, ht, inv, low, high, lut, resolution, offset, size, a, b):
-    """a = sum(h x q), b = sum(h q q) per lane for the codes nearest to x * inv."""
-    for lane in range(LANES):
-        a[lane] = F(0.0)
-        b[lane] = F(0.0)
+@njit(nogil=True, cache=True, error_model="numpy")
+def _sums(xt, ht, inv, low, high, lut, resolution, offset, size, scratch):
+    """(sum(h x q), sum(h q q)) as lanes, for the codes nearest to x * inv."""
+    a0, b0, a1, b1 = splat(F(0)), splat(F(0)), splat(F(0)), splat(F(0))
     if lut.size == 0:
-        for j in range(0, size, 4):  # four at a time: the sums go through memory, their chains must be short
-            for lane in range(LANES):
-                q0 = min(max(np.rint(xt[j, lane] * inv[lane]), low), high)
-                q1 = min(max(np.rint(xt[j + 1, lane] * inv[lane]), low), high)
-                q2 = min(max(np.rint(xt[j + 2, lane] * inv[lane]), low), high)
-                q3 = min(max(np.rint(xt[j + 3, lane] * inv[lane]), low), high)
-                a[lane] += hx[j, lane] * q0 + hx[j + 1, lane] * q1 + hx[j + 2, lane] * q2 + hx[j + 3, lane] * q3
-                b[lane] += (
-                    ht[j, lane] * q0 * q0
-                    + ht[j + 1, lane] * q1 * q1
-                    + ht[j + 2, lane] * q2 * q2
-                    + ht[j + 3, lane] * q3 * q3
-                )
-    else:
-        top = F(lut.size - 1)
-        for j in range(0, size, 2):
-            for lane in range(LANES):
-                i0 = np.uint32(np.int32(min(max(xt[j, lane] * inv[lane] * resolution + offset, F(0.0)), top)))
-                i1 = np.uint32(np.int32(min(max(xt[j + 1, lane] * inv[lane] * resolution + offset, F(0.0)), top)))
-                q0, q1 = lut[i0], lut[i1]
-                a[lane] += hx[j, lane] * q0 + hx[j + 1, lane] * q1
-                b[lane] += ht[j, lane] * q0 * q0 + ht[j + 1, lane] * q1 * q1
+        bottom, top = splat(low), splat(high)
+        for j in range(0, size * LANES, 2 * LANES):
+            x, y = load(xt, j), load(xt, j + LANES)
+            q, p = lower(higher(rint(x * inv), bottom), top), lower(higher(rint(y * inv), bottom), top)
+            hq, hp = load(ht, j) * q, load(ht, j + LANES) * p
+            a0, a1 = a0 + hq * x, a1 + hp * y
+            b0, b1 = b0 + hq * q, b1 + hp * p
+        return a0 + a1, b0 + b1
+    step, start, zero, top = inv * splat(resolution), splat(offset), splat(F(0)), splat(F(lut.size - 1))
+    for j in range(0, size * LANES, LANES):
+        x = load(xt, j)
+        store(scratch, 0, lower(higher(x * step + start, zero), top))
+        for lane in range(LANES):
+            scratch[LANES + lane] = lut[np.uint32(np.int32(scratch[lane]))]
+        q = load(scratch, LANES)
+        hq = load(ht, j) * q
+        a0, b0 = a0 + hq * x, b0 + hq * q
+    return a0, b0
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=True, inline="always")
-def _ideal(xt, hx, ht, low, high, lut, resolution, offset, size, candidates, polish, inv, a, b, best, scale):
+@njit(nogil=True, cache=True, error_model="numpy")
+def _ideal(xt, ht, low, high, lut, resolution, offset, size, candidates, polish, scratch):
     """Step 1: the best scale of every lane on its own."""
-    for lane in range(LANES):
-        a[lane] = xt[0, lane]
-        b[lane] = xt[0, lane]
-        best[lane] = F(-1.0)
-    for j in range(1, size):
-        for lane in range(LANES):
-            a[lane] = min(a[lane], xt[j, lane])
-            b[lane] = max(b[lane], xt[j, lane])
-    for lane in range(LANES):
-        scale[lane] = inverse(b[lane] if b[lane] > -a[lane] else a[lane])  # for now: its inverse
-    trial = np.empty(LANES, np.float32)
-    for lane in range(LANES):
-        trial[lane] = F(0.0)
-    for c in range(candidates.size):
-        for lane in range(LANES):
-            inv[lane] = candidates[c] * scale[lane]
-        _sums(xt, hx, ht, inv, low, high, lut, resolution, offset, size, a, b)
-        for lane in range(LANES):
-            found = a[lane] / max(b[lane], F(1e-38))
-            gain = a[lane] * found
-            better = gain > best[lane]
-            best[lane] = gain if better else best[lane]
-            trial[lane] = found if better else trial[lane]
-    for lane in range(LANES):
-        scale[lane] = trial[lane]
-    for _ in range(polish):
-        for lane in range(LANES):
-            inv[lane] = inverse(scale[lane])
-        _sums(xt, hx, ht, inv, low, high, lut, resolution, offset, size, a, b)
-        for lane in range(LANES):
-            found = a[lane] / max(b[lane], F(1e-38))
-            gain = a[lane] * found
-            better = gain > best[lane]
-            best[lane] = gain if better else best[lane]
-            scale[lane] = found if better else scale[lane]
+    least, most = load(xt, 0), load(xt, 0)
+    for j in range(LANES, size * LANES, LANES):
+        least, most = lower(load(xt, j), least), higher(load(xt, j), most)
+    outer = inverses(where_greater(most, splat(F(0)) - least, most, least))
+    best, scale, tiny = splat(F(-1)), splat(F(0)), splat(F(1e-37))
+    for c in range(candidates.size + polish):
+        inv = splat(candidates[c]) * outer if c < candidates.size else inverses(scale)
+        a, b = _sums(xt, ht, inv, low, high, lut, resolution, offset, size, scratch)
+        found = a / higher(b, tiny)
+        gain = a * found
+        scale = where_greater(gain, best, found, scale)
+        best = higher(gain, best)
+    return scale
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=True, inline="always")
+@njit(nogil=True, cache=True, error_model="numpy")
 def _nest(
-    xt,
-    hx,
-    ht,
-    low,
-    high,
-    lut,
-    resolution,
-    offset,
-    size,
-    supers,
-    k_low,
-    k_high,
-    reach,
-    rounds,
-    inv,
-    a,
-    b,
-    best,
-    scale,
-    k,
-    d,
+    xt, ht, low, high, lut, resolution, offset, size, supers, k_low, k_high, reach, rounds, scratch, scale, k, ka, kb, d
 ):
-    """Step 2: scale codes k of the lanes and super-scales d of the groups of lanes."""
+    """Step 2: scale codes `k` of the lanes and super-scales d of the groups of lanes, from ideal scales in `scale`."""
     width = LANES // supers
-    ka, kb, centre = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    spread = np.empty(LANES, np.float32)
     for g in range(supers):
-        largest = F(0.0)
+        largest = F(0)
         for lane in range(g * width, (g + 1) * width):
             if abs(scale[lane]) > abs(largest):
                 largest = scale[lane]
         d[g] = round_f16(largest / k_low)
         for lane in range(g * width, (g + 1) * width):
-            centre[lane] = min(max(np.rint(scale[lane] * inverse(d[g])), k_low), k_high)
+            k[lane] = min(max(np.rint(scale[lane] * inverse(d[g])), k_low), k_high)
+    bottom, top = splat(k_low), splat(k_high)
     for _ in range(rounds):
         for lane in range(LANES):
-            best[lane] = F(np.inf)
-            spread[lane] = d[lane // width]
+            scale[lane] = d[lane // width]
+        centre, spread = load(k, 0), load(scale, 0)
+        best, code, code_a, code_b = splat(F(1e30)), centre, splat(F(0)), splat(F(0))
         for step in range(-reach, reach + 1):
-            for lane in range(LANES):
-                inv[lane] = inverse(spread[lane] * min(max(centre[lane] + F(step), k_low), k_high))
-            _sums(xt, hx, ht, inv, low, high, lut, resolution, offset, size, a, b)
-            for lane in range(LANES):
-                code = min(max(centre[lane] + F(step), k_low), k_high)
-                t = spread[lane] * code
-                error = t * (t * b[lane] - F(2.0) * a[lane])
-                better = error < best[lane]
-                best[lane] = error if better else best[lane]
-                k[lane] = code if better else k[lane]
-                ka[lane] = a[lane] if better else ka[lane]
-                kb[lane] = b[lane] if better else kb[lane]
+            trial = lower(higher(centre + splat(F(step)), bottom), top)
+            t = spread * trial
+            a, b = _sums(xt, ht, inverses(t), low, high, lut, resolution, offset, size, scratch)
+            error = t * (t * b - (a + a))
+            code = where_greater(best, error, trial, code)
+            code_a = where_greater(best, error, a, code_a)
+            code_b = where_greater(best, error, b, code_b)
+            best = lower(error, best)
+        store(k, 0, code)
+        store(ka, 0, code_a * code)
+        store(kb, 0, code_b * code * code)
         for g in range(supers):
-            top, bottom = F(0.0), F(0.0)
+            above, below = F(0), F(0)
             for lane in range(g * width, (g + 1) * width):
-                top += k[lane] * ka[lane]
-                bottom += k[lane] * k[lane] * kb[lane]
-                centre[lane] = k[lane]
-            if bottom > F(0.0):
-                d[g] = round_f16(top / bottom)
+                above += ka[lane]
+                below += kb[lane]
+            if below > F(0):
+                d[g] = round_f16(above / below)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", parallel=True, fastmath=True)
+@njit(nogil=True, cache=True, error_model="numpy")
+def _snap(x, first, blocks, size, stored, low, high, lut, code_lut, resolution, offset, codes):
+    """Step 3: codes of the blocks of a tile under their stored scales."""
+    bottom, most = splat(low), splat(high)
+    top = F(lut.size - 1)
+    for lane in range(blocks):
+        start, inv = (first + lane) * size, inverse(stored[lane])
+        by = splat(inv)
+        if lut.size == 0:
+            for j in range(start, start + size, LANES):
+                store(codes, j, lower(higher(rint(load(x, j) * by), bottom), most))
+        else:
+            step = inv * resolution
+            for j in range(start, start + size):
+                codes[j] = code_lut[np.uint32(np.int32(min(max(x[j] * step + offset, F(0)), top)))]
+
+
+@njit(nogil=True, cache=True, parallel=True, error_model="numpy")
 def quantize_symmetric(
-    x,
-    h,
-    size,
-    per_super,
-    low,
-    high,
-    lut,
-    code_lut,
-    resolution,
-    offset,
-    candidates,
-    polish,
-    k_low,
-    k_high,
-    reach,
-    rounds,
-    codes,
-    k_out,
-    d_out,
-):
-    """Quantise blocks of `size` weights.
+    x, h, size, per_super, low, high, lut, code_lut, resolution, offset, candidates, polish, k_low, k_high, reach, rounds,
+    codes, k_out, d_out,
+):  # fmt: skip
+    """Quantise blocks of `size` weights, a multiple of 32 or 16.
 
     Args:
         x: float32 [n * size]; h: float32 [period], importance repeating along x (period a multiple of size).
@@ -188,67 +139,38 @@ def quantize_symmetric(
     """
     count = x.size // size
     tiles = (count + LANES - 1) // LANES
-    for chunk in prange((tiles + 15) // 16):
-        xt, ht, hx = (
-            np.empty((size, LANES), np.float32),
-            np.empty((size, LANES), np.float32),
-            np.empty((size, LANES), np.float32),
+    for chunk in prange((tiles + CHUNK - 1) // CHUNK):
+        xt, ht, scratch = (
+            np.empty(size * LANES, np.float32),
+            np.empty(size * LANES, np.float32),
+            np.empty(2 * LANES, np.float32),
         )
-        inv, a, b = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-        best, scale, k = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-        d = np.empty(LANES, np.float32)
-        for tile in range(chunk * 16, min(tiles, chunk * 16 + 16)):
-            first = tile * LANES
-            load_tile(x, h, h.size, first, count, size, xt, ht)
-            for j in range(size):
-                for lane in range(LANES):
-                    hx[j, lane] = ht[j, lane] * xt[j, lane]
-            _ideal(xt, hx, ht, low, high, lut, resolution, offset, size, candidates, polish, inv, a, b, best, scale)
+        scale, k, ka, kb = (
+            np.empty(LANES, np.float32),
+            np.empty(LANES, np.float32),
+            np.empty(LANES, np.float32),
+            np.empty(LANES, np.float32),
+        )
+        d, column = np.empty(LANES, np.float32), -1
+        for tile in range(chunk * CHUNK, min(tiles, chunk * CHUNK + CHUNK)):
+            first, place = tile_place(tile, size, count, h.size)
+            load_tile(x, x.size, first, count, size, xt)
+            if place != column:
+                load_tile(h, h.size, first, count, size, ht)
+                column = place
+            store(scale, 0, _ideal(xt, ht, low, high, lut, resolution, offset, size, candidates, polish, scratch))
             if per_super > 1:
-                supers = LANES // per_super
                 _nest(
-                    xt,
-                    hx,
-                    ht,
-                    low,
-                    high,
-                    lut,
-                    resolution,
-                    offset,
-                    size,
-                    supers,
-                    k_low,
-                    k_high,
-                    reach,
-                    rounds,
-                    inv,
-                    a,
-                    b,
-                    best,
-                    scale,
-                    k,
-                    d,
-                )
-            for lane in range(min(LANES, count - first)):
-                block = first + lane
+                    xt, ht, low, high, lut, resolution, offset, size, LANES // per_super, k_low, k_high, reach, rounds,
+                    scratch, scale, k, ka, kb, d,
+                )  # fmt: skip
+            blocks = min(LANES, count - first)
+            for lane in range(blocks):
                 if per_super > 1:
-                    stored = d[lane // per_super] * k[lane]
-                    k_out[block] = np.int8(k[lane])
-                    if block % per_super == 0:
-                        d_out[block // per_super] = d[lane // per_super]
+                    scale[lane] = d[lane // per_super] * k[lane]
+                    k_out[first + lane] = np.int8(k[lane])
+                    d_out[(first + lane) // per_super] = d[lane // per_super]
                 else:
-                    stored = round_f16(scale[lane])
-                    d_out[block] = stored
-                _snap(x, block * size, size, inverse(stored), low, high, lut, code_lut, resolution, offset, codes)
-
-
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=True, inline="always")
-def _snap(x, start, size, inv, low, high, lut, code_lut, resolution, offset, codes):
-    """Step 3 for one block."""
-    if lut.size == 0:
-        for j in range(start, start + size):
-            codes[j] = np.int8(min(max(np.rint(x[j] * inv), low), high))
-    else:
-        top = F(lut.size - 1)
-        for j in range(start, start + size):
-            codes[j] = code_lut[np.uint32(min(max(x[j] * inv * resolution + offset, F(0.0)), top))]
+                    scale[lane] = round_f16(scale[lane])
+                    d_out[first + lane] = scale[lane]
+            _snap(x, first, blocks, size, scale, low, high, lut, code_lut, resolution, offset, codes)

@@ -1,10 +1,9 @@
 """What the block-scale kernels of ggml's types share: tiles of sixteen blocks as lanes, and float16 rounding.
 
-A search for a block's scale is a loop over candidates of a loop over weights, with a few sums per block. Written one block at a time it
-cannot be vectorised well: the sums run across the vector. Here sixteen blocks are transposed into a tile [weights of a block, 16] and
-every loop over weights has an innermost loop over 16 lanes with one sum per lane, which the compiler turns into plain vector code.
-
-All arrays are float32; helpers that rely on exact rounding are compiled without fastmath and keep that when they are inlined.
+A search for a block's scale is a loop over candidates of a loop over weights, with a few sums per block. Written one block at a time the
+sums run across the vector. Here sixteen blocks are transposed into a tile, weight j of block b at j * 16 + b, and every step of the loop over
+weights is one vector operation for sixteen blocks (`lanes.py`). Tiles that lie in the same columns follow each other, so that
+the importance of the columns is transposed once for all rows.
 """
 
 from __future__ import annotations
@@ -12,7 +11,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from fewbit.math.kernels.lanes import splat, where_greater
+
 LANES = 16
+CHUNK = 32  # tiles that one thread takes at a time
 F = np.float32
 
 
@@ -24,25 +26,39 @@ def round_f16(value):
         return F(65504.0) if value > F(0.0) else F(-65504.0)
     if size < F(6.103515625e-05):  # subnormal: multiples of 2^-24
         return np.rint(value * F(16777216.0)) * F(5.9604644775390625e-08)
-    shifted = value * F(8193.0)  # Veltkamp: keep 11 significant bits
-    return shifted - (shifted - value)
+    bits = np.int32(F(value).view(np.int32))  # drop 13 of 23 mantissa bits, ties to even
+    return np.int32((bits + np.int32(0xFFF) + ((bits >> np.int32(13)) & np.int32(1))) & np.int32(-8192)).view(
+        np.float32
+    )
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def load_tile(x, h, h_period, first, count, size, xt, ht):
-    """Blocks first … first + 15 (the last one again where there are fewer) as lanes.
-
-    x: [n * size] weights; h: [h_period] importance, repeating every h_period weights; xt, ht: out, [size, 16].
-    """
-    for lane in range(LANES):
-        start = min(first + lane, count - 1) * size
-        weight = start % h_period
-        for j in range(size):
-            xt[j, lane] = x[start + j]
-            ht[j, lane] = h[weight + j]
-
-
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+@njit(nogil=True, cache=True, error_model="numpy")
 def inverse(scale):
     """1 / scale, and 0 for a scale of 0."""
     return F(1.0) / scale if scale != F(0.0) else F(0.0)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def inverses(scale):
+    """`inverse` of lanes; scales below 1e-19 count as 0."""
+    return where_greater(scale * scale, splat(F(1e-38)), splat(F(1.0)) / scale, splat(F(0.0)))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def tile_place(tile, size, count, period):
+    """(first block of a tile, column tile that it lies in): tiles of the same columns are neighbours where rows are whole tiles."""
+    weights = LANES * size
+    if period % weights:
+        return tile * LANES, tile
+    rows = count * size // period
+    column = tile // rows
+    return (tile % rows) * (period // size) + column * LANES, column
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def load_tile(source, period, first, count, size, out):
+    """Blocks first … first + 15 (the last one again where there are fewer) of `source`, which repeats every `period` weights, as lanes."""
+    for lane in range(LANES):
+        start = (min(first + lane, count - 1) * size) % period
+        for j in range(size):
+            out[j * LANES + lane] = source[start + j]

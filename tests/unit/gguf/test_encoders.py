@@ -1,0 +1,191 @@
+"""The fast fits of ggml's block types: against the plain reference, and on awkward weights and importance."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fewbit.base.errors import InputError
+from fewbit.formats.gguf.codecs import to_blocks
+from fewbit.formats.gguf.types import FLOATS, TYPES
+from fewbit.math.kernels.kquants_tiles import round_f16
+from fewbit.math.scales import Search, effective, fit, fit_plain, quantize, snap
+from fewbit.num.grid import VectorGrid
+from fewbit.num.qtensor import QTensor
+
+QUANTISED = tuple(name for name in TYPES if name not in FLOATS)
+VECTORS = tuple(name for name in QUANTISED if isinstance(TYPES[name].scheme.grid, VectorGrid))
+SCALARS = tuple(name for name in QUANTISED if name not in VECTORS)
+FITTED = tuple(name for name in SCALARS if name not in ("MXFP4", "NVFP4"))
+
+
+def weights(rows: int, cols: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Heavy-tailed weights and uneven importance."""
+    rng = np.random.default_rng(seed)
+    w = rng.standard_t(4, (rows, cols)).astype(np.float32) * 0.02
+    return torch.from_numpy(w), torch.from_numpy(np.exp(rng.standard_normal(cols)).astype(np.float32))
+
+
+def error(w: torch.Tensor, q: QTensor, importance: torch.Tensor | float = 1.0) -> float:
+    return float(((w.float() - q.dequantize()).double() ** 2 * importance).sum())
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_no_worse_than_the_plain_reference(name: str) -> None:
+    scheme = TYPES[name].scheme
+    w, h = weights(12, 512)
+    plain = fit_plain(scheme, w, h)
+    reference = QTensor(
+        scheme, tuple(w.shape), snap(scheme, w, plain, h), plain.scale, plain.code_shift, plain.value_shift
+    )
+    q = quantize(scheme, w, h)
+    q.check()
+    assert error(w, q, h) <= 1.03 * error(w, reference, h)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_codes_are_the_nearest_under_their_scales(name: str) -> None:
+    scheme = TYPES[name].scheme
+    w, h = weights(5, 768, seed=1)
+    q = quantize(scheme, w, h)
+    params = fit(scheme, w, h)
+    nearest = QTensor(
+        scheme, tuple(w.shape), snap(scheme, w, params, h), params.scale, params.code_shift, params.value_shift
+    )
+    differ = (nearest.codes != q.codes).float().mean()
+    assert differ < 1e-3  # ties alone
+    assert error(w, q) == pytest.approx(error(w, nearest), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_vectors_are_the_nearest_under_their_scales(name: str) -> None:
+    scheme = TYPES[name].scheme
+    w, h = weights(2, 512, seed=2)
+    q = quantize(scheme, w, h)
+    q.check()
+    params = fit(scheme, w, h)
+    exact = QTensor(
+        scheme, tuple(w.shape), snap(scheme, w, params, h), params.scale, params.code_shift, params.value_shift
+    )
+    ours, best = error(w, q, h), error(w, exact, h)
+    if scheme.grid.sign_bits == 7:  # which sign is wrong is settled before the magnitudes
+        assert best * (1 - 1e-6) <= ours <= best * 1.03
+    else:
+        assert ours == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_importance_moves_the_error(name: str) -> None:
+    scheme = TYPES[name].scheme
+    w, h = weights(4, 512, seed=3)
+    weighted, plain = quantize(scheme, w, h), quantize(scheme, w)
+    assert error(w, weighted, h) < error(w, plain, h)
+    assert error(w, plain) < error(w, weighted)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_importance_of_each_row(name: str) -> None:
+    scheme = TYPES[name].scheme
+    w, h = weights(6, 256, seed=4)
+    alike = quantize(scheme, w, h)
+    spread = quantize(scheme, w, h.expand(6, 256).contiguous())
+    assert error(w, spread, h) == pytest.approx(error(w, alike, h), rel=1e-3)
+    stack = quantize(scheme, w.view(2, 3, 256), h)
+    assert torch.equal(stack.dequantize().view(6, 256), alike.dequantize())
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_awkward_weights(name: str) -> None:
+    scheme, (w, h) = TYPES[name].scheme, weights(9, 256, seed=5)
+    w[0] = 0.0
+    w[1, 32:] = 0.0
+    w[2] = 0.25
+    w[3] = w[3].abs()
+    w[4] = -w[4].abs()
+    w[5] *= 1e-6
+    w[6] *= 1e4
+    w[7, 17] = 50.0
+    h[64:128] = 0.0
+    q = quantize(scheme, w, h)
+    q.check()
+    to_blocks(name, q)
+    back = q.dequantize()
+    assert bool(torch.isfinite(back).all()) and not bool(back[0].any())
+    quiet = [1, 2, 3, 4, 6, 8]
+    assert float((back[quiet] - w[quiet]).pow(2).sum() / w[quiet].pow(2).sum()) < 0.6
+    nothing = quantize(scheme, w[8:], torch.zeros(256))
+    assert error(w[8:], nothing) == pytest.approx(error(w[8:], quantize(scheme, w[8:])), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_half_precision_weights_and_many_rows(name: str) -> None:
+    scheme, (w, _) = TYPES[name].scheme, weights(3, 256, seed=6)
+    assert torch.equal(quantize(scheme, w.bfloat16()).dequantize(), quantize(scheme, w.bfloat16().float()).dequantize())
+    assert quantize(scheme, w[:0]).dequantize().shape == (0, 256)
+    assert torch.equal(quantize(scheme, w[0]).dequantize(), quantize(scheme, w[:1]).dequantize()[0])
+
+
+@pytest.mark.parametrize("name", ["TQ1_0", "TQ2_0"])
+def test_ternary_weights_come_back(name: str) -> None:
+    rng = np.random.default_rng(0)
+    w = torch.from_numpy(rng.integers(-1, 2, (4, 512)).astype(np.float32)) * 0.125
+    assert torch.equal(quantize(TYPES[name].scheme, w).dequantize(), w)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q3_K", "IQ4_XS", "Q4_0"])
+def test_a_column_loop_can_use_the_scales(name: str) -> None:
+    scheme, (w, h) = TYPES[name].scheme, weights(3, 512, seed=7)
+    params = fit(scheme, w, h)
+    whole = snap(scheme, w, params, h)
+    scale, _, shift = effective(scheme, params, (3, 512))
+    levels = (w - (0 if shift is None else shift)) / torch.where(scale == 0, 1, scale)
+    from fewbit.math.rounding import nearest
+
+    columns = torch.cat([nearest(scheme.grid, levels[:, j : j + 1]) for j in range(512)], dim=1)
+    assert torch.equal(columns, whole)
+
+
+@pytest.mark.parametrize("name", ["IQ2_XS", "IQ3_S", "IQ1_M"])
+def test_a_loop_over_eight_columns_can_use_the_scales(name: str) -> None:
+    from fewbit.math.rounding import nearest
+
+    scheme, (w, h) = TYPES[name].scheme, weights(2, 256, seed=8)
+    params = fit(scheme, w, h)
+    whole = snap(scheme, w, params, h)
+    scale, _, _ = effective(scheme, params, (2, 256))
+    octets = [
+        nearest(scheme.grid, (w / scale)[:, j : j + 8], (h * scale * scale)[:, j : j + 8]) for j in range(0, 256, 8)
+    ]
+    assert torch.equal(torch.cat(octets, dim=1), whole)
+
+
+def test_refusals() -> None:
+    w, h = weights(2, 256)
+    bad = w.clone()
+    bad[1, 3] = float("nan")
+    for name in ("Q4_K", "Q6_K", "IQ2_XXS", "Q8_0"):
+        with pytest.raises(InputError, match="FB-E0702"):
+            quantize(TYPES[name].scheme, bad, h)
+        with pytest.raises(InputError, match="FB-E0701"):
+            quantize(TYPES[name].scheme, w, h[:255])
+        with pytest.raises(InputError, match="FB-E0701"):
+            quantize(TYPES[name].scheme, w, -h)
+    with pytest.raises(InputError, match="FB-E0602"):
+        quantize(TYPES["IQ3_S"].scheme, torch.zeros(2, 128))
+
+
+@pytest.mark.parametrize("method", ["absmax", "mse"])
+def test_other_searches_still_mean_what_they_say(method: str) -> None:
+    scheme, (w, h) = TYPES["Q4_0"].scheme, weights(2, 64)
+    params, plain = fit(scheme, w, h, Search(method)), fit_plain(scheme, w, h, Search(method))
+    assert torch.equal(params.scale, plain.scale)
+
+
+def test_round_f16_is_numpys() -> None:
+    values = np.concatenate(
+        [np.random.default_rng(0).standard_normal(3000) * 10.0**e for e in (-9, -7, -5, -4, 0, 4)]
+        + [[0.0, 6.1035e-05, 6.0976e-05, 65504.0, 2.0**-24, 2.0**-25, 1.0009765625, 1.00048828125]]
+    ).astype(np.float32)
+    expected = np.clip(values, -65504, 65504).astype(np.float16).astype(np.float32)
+    assert np.array_equal(np.array([round_f16(v) for v in values], np.float32), expected)
