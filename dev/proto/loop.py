@@ -17,6 +17,7 @@ import sample as S
 
 TMP = pathlib.Path("/work/tmp/solvers")
 CHUNK = 8
+GRAM_SCALE: dict[str, float] = {}  # mean diagonal of each gram per token, lost when stats are normalised
 _float: dict[str, list[torch.Tensor]] = {}
 
 
@@ -109,6 +110,7 @@ def run(solve, ids: torch.Tensor, *, token_weight=None, residual: bool = True, a
                 gram, cross, res = acc[n if token_weight else names[0]]
                 scale = 1.0 / gram.diagonal().mean()
                 wanted = bf.w[n] @ cross + (res if res is not None else 0)
+                GRAM_SCALE[f"{layer}.{n}"] = float(gram.diagonal().mean()) / hf.shape[0] / hf.shape[1]
                 q = solve(f"{layer}.{n}", bf.w[n], {"gram": gram * scale, "cross": cross * scale, "wanted": wanted * scale})
                 done[f"model.layers.{layer}.{n}.weight"] = q
                 bq.w[n] = q

@@ -74,10 +74,15 @@ def solve_matrix(w: torch.Tensor, stats: Stats, scheme: Scheme, options: Mapping
         if error.code != "FB-E0705":
             raise
         return _rounded(w, stats, scheme, search, f"fallback to rounding to nearest: {error.message}")
+    return solve_wanted(problem, stats, scheme, options)
+
+
+def solve_wanted(problem: Problem, stats: Stats, scheme: Scheme, options: Mapping[str, Any]) -> Solved:
+    """Loop and sweeps for wanted weights, and the comparison with rounding them to nearest."""
+    search = Search(method=options["search"], steps=options["steps"])
     codes, params = _loop(problem, scheme, search, options)
-    notes = list(problem.notes)
-    shape = tuple(w.shape)
-    quadratic = problem.quadratic
+    notes, shape = list(problem.notes), tuple(problem.wanted.shape)
+    quadratic = replace(problem.quadratic, w=problem.wanted)
     if options["sweeps"] and not isinstance(scheme.grid, VectorGrid):
         codes, params, _ = sweep(
             scheme, codes, params, quadratic, sweeps=options["sweeps"], tune=options["tune"] and by_row(scheme)

@@ -111,6 +111,8 @@ SOLVERS: Mapping[str, Solver] = _Table(
         "rtn": "fewbit.solve.rtn",
         "hqq": "fewbit.solve.hqq",
         "gptq": "fewbit.solve.gptq",
+        "spqr": "fewbit.solve.spqr",
+        "int8-split": "fewbit.solve.int8_split",
         "imatrix": "fewbit.solve.rtn:WEIGHTED",
     }
 )
