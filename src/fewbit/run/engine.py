@@ -35,6 +35,7 @@ from fewbit.num.scheme import Scheme
 from fewbit.plan.jobs import Job, Plan
 from fewbit.plan.recipe import parse_size
 from fewbit.plan.resources import Budget, budget, job_bytes, tile_rows
+from fewbit.run.imatrix import read_imatrix, weighted
 from fewbit.run.rewrites import RewrittenSource
 from fewbit.run.settings import Settings
 from fewbit.run.sinks import Sink, open_sink
@@ -188,6 +189,7 @@ class _Run:
         self.resumed = 0
         self.total = sum(group.job.numel for group in groups_of(plan))
         self.finished = 0
+        self.imatrix = read_imatrix(Path(plan.recipe["imatrix"])) if plan.recipe.get("imatrix") else None
         for sink in sinks:
             sink.open_journal(who)
 
@@ -204,14 +206,19 @@ class _Run:
         if self.plan.needs:
             if calibrated is None:
                 raise InputError("FB-E0406", "this method needs calibration, which this call was given no engine for")
-            wanted = [group for group in todo if group.job.scheme is not None and SOLVERS[group.job.solver].needs]
+            wanted = [group for group in todo if group.job.scheme is not None and not self._data_free(group.job)]
             todo = [group for group in todo if group not in wanted]
             self._pool(todo)
-            for group, solved in calibrated(groups, {group.key for group in wanted}, self):
+            for group, solved in calibrated(groups, {group.key for group in wanted}, self) if wanted else ():
                 self._check_stop()
                 self.emit(group, solved)
         else:
             self._pool(todo)
+
+    def _data_free(self, job: Job) -> bool:
+        """Whether a job needs no calibration run: its solver needs nothing, or only what the importance matrix file gives."""
+        needs = SOLVERS[job.solver].needs
+        return not needs or (self.imatrix is not None and needs <= {"importance"})
 
     def _pool(self, todo: list[Group]) -> None:
         """Runs data-free groups on worker threads; the first failure stops the rest."""
@@ -252,6 +259,11 @@ class _Run:
         options = self.options_for(job)
         seed = self.plan.recipe["seed"]
         step, rows = tile_rows(job.scheme, job.shape, job.ops), job.shape[-2] if len(job.shape) > 1 else 1
+        if self.imatrix is not None:
+            weight, matrix = read_weight(self.source, job).float(), self.imatrix
+            return self._located(
+                job, lambda: weighted(matrix, job, lambda w, s: solver(w, s, job.scheme, seed=seed, options=options), weight)
+            )
         if step >= rows:
             weight = read_weight(self.source, job)
             return self._located(job, lambda: solver(weight, None, job.scheme, seed=seed, options=options))

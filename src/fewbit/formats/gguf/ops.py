@@ -65,7 +65,7 @@ def apply_quantised(ops: Sequence[str], tensors: Sequence[QTensor]) -> QTensor:
     for op in ops:
         word, numbers = parse(op)
         if word == "stack":
-            value = _stacked(list(tensors))
+            value = stack_quantised(list(tensors))
         elif word == "permute_rope":
             value = _rows(value, _rope_order(value.shape[0], int(numbers[0])))
         elif word == "unfold":
@@ -132,7 +132,7 @@ def _reshaped(q: Stored, shape: tuple[int, ...]) -> Stored:
     return _each_part(q, codes, (*shape[:-1], q.shape[-1]), lambda _, part: _reshaped(part, shape))
 
 
-def _stacked(parts: list[QTensor] | list[torch.Tensor]) -> Stored:
+def stack_quantised(parts: list[QTensor] | list[torch.Tensor]) -> Stored:
     """Equal tensors under a new leading dimension."""
     first = parts[0]
     if not isinstance(first, QTensor):
@@ -141,7 +141,7 @@ def _stacked(parts: list[QTensor] | list[torch.Tensor]) -> Stored:
         raise InputError("FB-E0603", "tensors of different schemes or shapes cannot be stacked")
     codes = torch.stack([part.codes for part in parts])
     shape = (len(parts), *first.shape)
-    return _each_part(first, codes, shape, lambda name, _: _stacked([getattr(part, name) for part in parts]))
+    return _each_part(first, codes, shape, lambda name, _: stack_quantised([getattr(part, name) for part in parts]))
 
 
 def restore(pieces: Sequence[tuple[Sequence[str], torch.Tensor, int]]) -> torch.Tensor:

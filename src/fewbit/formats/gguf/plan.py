@@ -144,7 +144,9 @@ def gguf_plan(
     )
     tensors = tuple(_planned(target, types[target.name]) for target in targets)
     silent = ["no tokeniser was found: the file has no vocabulary and answers token ids only"] * (vocabulary is None)
-    return GgufPlan(family.name, chosen, tensors, metadata, (*notes, *silent, *(vocabulary.notes if vocabulary else ())))
+    return GgufPlan(
+        family.name, chosen, tensors, metadata, (*notes, *silent, *(vocabulary.notes if vocabulary else ()))
+    )
 
 
 def _all(refused: list[FewbitError]) -> FewbitError:
@@ -179,7 +181,10 @@ def requantised(
             choice = Choice(held, f"kept: {choice.type} would take more bits and gain nothing")
         planned = _planned(Target(info.name, (info.name,), (), info.shape, info.dtype), choice)
         tensors.append(replace(planned, scheme=None) if held == choice.type else planned)
-    changed = {"general.quantization_version": meta.u32(QUANTIZATION_VERSION), "general.file_type": meta.u32(chosen.file_type)}
+    changed = {
+        "general.quantization_version": meta.u32(QUANTIZATION_VERSION),
+        "general.file_type": meta.u32(chosen.file_type),
+    }
     return GgufPlan(architecture, chosen, tuple(tensors), own | changed, ())
 
 
@@ -194,7 +199,9 @@ def model_facts(own: Metadata, architecture: str) -> ModelFacts:
 
     heads = number("attention.head_count", 1)
     shared = number("attention.head_count_kv", heads)
-    return ModelFacts(architecture, number("block_count", 0), number("expert_count", 0), heads // shared if shared else 0)
+    return ModelFacts(
+        architecture, number("block_count", 0), number("expert_count", 0), heads // shared if shared else 0
+    )
 
 
 def _vocabulary(
