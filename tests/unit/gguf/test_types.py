@@ -27,10 +27,10 @@ def test_numbers_and_sizes_are_ggmls(name: str) -> None:
 
 
 def test_refusals_name_what_is_there() -> None:
-    with pytest.raises(InputError, match="FB-E0330.*Q4_K"):
+    with pytest.raises(InputError, match=r"FB-E0330.*Q4_K"):
         block_type("Q4_4")
     with pytest.raises(InputError, match="FB-E0330"):
         block_type(4)
-    with pytest.raises(InputError, match="FB-E0602.*multiple of 256.*300"):
+    with pytest.raises(InputError, match=r"FB-E0602.*multiple of 256.*300"):
         TYPES["Q4_K"].row_bytes(300)
     assert type_of(parse_scheme("int4-g128")) is None

@@ -225,7 +225,7 @@ def _unsigned_zero(codes: np.ndarray) -> np.ndarray:
 
 # e 1 | qs 16: planes 16
 def _pack_mxfp4(parts: Parts) -> np.ndarray:
-    return join(parts["scale"], pack_planes(parts["codes"], 4, 16))
+    return join(parts["scale"], pack_planes(_unsigned_zero(parts["codes"]), 4, 16))
 
 
 def _unpack_mxfp4(blocks: np.ndarray) -> Parts:
@@ -235,7 +235,7 @@ def _unpack_mxfp4(blocks: np.ndarray) -> Parts:
 
 # d 4 | qs 32: planes 8
 def _pack_nvfp4(parts: Parts) -> np.ndarray:
-    return join(parts["scale"], pack_planes(parts["codes"], 4, 8))
+    return join(parts["scale"], pack_planes(_unsigned_zero(parts["codes"]), 4, 8))
 
 
 def _unpack_nvfp4(blocks: np.ndarray) -> Parts:

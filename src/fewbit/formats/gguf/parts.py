@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 
 Parts = dict[str, np.ndarray]
 """Name as in `QTensor.named_parts` -> entries [blocks, entries per block]: codes, scale.codes, scale.scale …"""
@@ -24,18 +25,40 @@ def pack_planes(codes: np.ndarray, bits: int, width: int) -> np.ndarray:
 
     codes: uint8 [blocks, n], n a multiple of width * 8 / bits; each code has at most `bits` bits. Returns uint8 [blocks, n * bits / 8].
     """
-    planes = codes.reshape(len(codes), -1, 8 // bits, width)
-    packed = planes[:, :, 0].copy()
-    for plane in range(1, 8 // bits):
-        packed |= planes[:, :, plane] << np.uint8(bits * plane)
-    return packed.reshape(len(codes), codes.shape[1] * bits // 8)
+    packed = np.empty((len(codes), codes.shape[1] * bits // 8), np.uint8)
+    _pack(np.ascontiguousarray(codes).reshape(-1), bits, width, packed.reshape(-1))
+    return packed
 
 
 def unpack_planes(packed: np.ndarray, bits: int, width: int) -> np.ndarray:
     """Inverse of `pack_planes`: uint8 [blocks, m] -> uint8 [blocks, m * 8 / bits]."""
-    runs = packed.reshape(len(packed), -1, 1, width)
-    shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape(1, 1, -1, 1)
-    return ((runs >> shifts) & np.uint8((1 << bits) - 1)).reshape(len(packed), packed.shape[1] * 8 // bits)
+    codes = np.empty((len(packed), packed.shape[1] * 8 // bits), np.uint8)
+    _unpack(np.ascontiguousarray(packed).reshape(-1), bits, width, codes.reshape(-1))
+    return codes
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _pack(codes: np.ndarray, bits: int, width: int, packed: np.ndarray) -> None:
+    planes = 8 // bits
+    for run in range(packed.size // width):
+        to, source = run * width, run * width * planes
+        for i in range(width):
+            packed[to + i] = codes[source + i]
+        for plane in range(1, planes):
+            shift, start = np.uint8(plane * bits), source + plane * width
+            for i in range(width):
+                packed[to + i] |= np.uint8(codes[start + i] << shift)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _unpack(packed: np.ndarray, bits: int, width: int, codes: np.ndarray) -> None:
+    planes, mask = 8 // bits, np.uint8((1 << bits) - 1)
+    for run in range(packed.size // width):
+        source, to = run * width, run * width * planes
+        for plane in range(planes):
+            shift, start = np.uint8(plane * bits), to + plane * width
+            for i in range(width):
+                codes[start + i] = (packed[source + i] >> shift) & mask
 
 
 def as_bytes(entries: np.ndarray) -> np.ndarray:
