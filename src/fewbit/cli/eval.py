@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fewbit.cli.output import print_json
+from fewbit.report.files import write_cards, write_report
 
 
 def command(
@@ -34,6 +35,9 @@ def command(
         str, typer.Option(help="auto, off, or a folder: keep the base's distributions for the next time")
     ] = "auto",
     noise: Annotated[bool, typer.Option(help="compare the base with itself in bfloat16 too")] = True,
+    look: Annotated[int | None, typer.Option(min=0, help="candidates to look at layer by layer [default: 1 with --report, else 0]")] = None,
+    report: Annotated[Path | None, typer.Option(help="folder for report.html and report.json")] = None,
+    card: Annotated[bool, typer.Option("--card", help="write a model card, README.md, into each candidate's folder")] = False,
     max_kl: Annotated[
         float | None, typer.Option(help="exit with status 4 when a candidate's mean KL exceeds this")
     ] = None,
@@ -47,9 +51,13 @@ def command(
     from fewbit.report.scores import study_page
 
     folder = {"auto": default_folder(), "off": None}.get(cache, Path(cache))
-    options = Options(text, tokens, length, skip, chat, device, parse_size(ram) if ram else None, folder, noise)
+    options = Options(text, tokens, length, skip, chat, device, parse_size(ram) if ram else None, folder, noise, look if look is not None else int(report is not None))
     made = study(candidates, base, options, lambda line: print(line, file=sys.stderr))
     record = made.record()
+    if report is not None:
+        write_report(report, record)
+    if card:
+        write_cards(record)
     print_json("fewbit.eval/1", record) if json else print(study_page(record))
     for score in made.scores:
         if max_kl is not None and score.measures["kl"][0] > max_kl:

@@ -21,11 +21,13 @@ import torch
 from fewbit.base.errors import InputError
 from fewbit.eval.cache import BaseCache, build, cache_key
 from fewbit.eval.gguf_view import GgufView, open_candidate
+from fewbit.eval.look import look
 from fewbit.eval.measures import PerToken, Rounding, Score, compare, summarise
 from fewbit.eval.provenance import about
 from fewbit.eval.stream import Room, Runner, States, peak_bytes, rows_of
 from fewbit.eval.windows import Windows, windows
 from fewbit.run.acts import ActStore
+from fewbit.run.calib import Tokens
 from fewbit.run.source import Source, open_source
 
 NOISE_TOKENS = 4096
@@ -44,6 +46,7 @@ class Options:
         device: "cpu", "cuda" …; ram: limit of resident memory, bytes.
         cache: folder of base caches, or None to compute the base exactly and keep nothing.
         noise: also compare the base with itself computed in bfloat16 and one window at a time, on some of the tokens.
+        look: how many of the candidates to look at layer by layer.
     """
 
     text: str = "default"
@@ -55,6 +58,7 @@ class Options:
     ram: int | None = None
     cache: Path | None = None
     noise: bool = False
+    look: int = 0
 
 
 @dataclass
@@ -268,6 +272,10 @@ def _score(into: Study, reference: Reference, path: str, source: Source | GgufVi
             found = measure(reference, ways, path)
     finally:
         hidden.close()
+    if len({score.name for score in into.scores}) < reference.options.look:
+        seen = look(reference.runner, runner, into.windows, found[0], Tokens(reference.source.root), say)
+        for part, data in seen.items():
+            into.extras.setdefault(part, {})[path] = data
     for measures, way in zip(found, ("reference", getattr(engine, "name", "")), strict=False):
         into.scores.append(summarise(path, measures, path=way, **sizes))
         into.per_token.append(measures)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.base.record import plain
+from fewbit.plan.kv import kv_bytes, kv_layers
 
+CONTEXT = 8192  # tokens whose cache is counted
 MANIFEST = "fewbit-manifest.json"
 RECIPE_FLAGS = {
     "method": "rtn",
@@ -37,6 +39,7 @@ def about(source: Any) -> dict[str, Any]:
             "format": source.format.name if source.format else "gguf" if _is_gguf(checkpoint) else "plain",
             "model_type": source.config.get("model_type"),
             "weights": source.manifest.numel,
+            "memory": memory(source),
             "bytes": checkpoint.manifest.nbytes,
             "schemes": dict(sorted(counts.items(), key=lambda item: -item[1])),
             "fingerprint": checkpoint.fingerprint(),
@@ -48,6 +51,17 @@ def about(source: Any) -> dict[str, Any]:
             "warnings": list(checkpoint.warnings),
         }
     )
+
+
+def memory(source: Any) -> dict[str, int]:
+    """Bytes that serving takes: weights as stored, and the key-value cache of one sequence; empty where the config does not say."""
+    text = source.config.get("text_config") or source.config
+    layers = kv_layers(text)
+    if not layers:
+        return {}
+    context = min(CONTEXT, int(text.get("max_position_embeddings") or CONTEXT))
+    cache, weights = kv_bytes(layers, context), source.checkpoint.manifest.nbytes
+    return {"weights": weights, "cache": cache, "context": context, "total": weights + cache}
 
 
 def manifest_of(root: Path) -> dict[str, Any]:

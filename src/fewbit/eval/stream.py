@@ -29,7 +29,7 @@ from fewbit.run.observe import Observer, Use
 BATCH_TOKENS = 4096
 SPILL_SHARE = 0.25  # of the budget that hidden states may take before they go to a file
 LOGIT_COPIES = 104  # bytes per logit while two models are compared: float32 and float64 copies, measured
-OVERHEAD = 64 << 20  # what libraries and the allocator keep
+OVERHEAD = 160 << 20  # what libraries and the allocator keep, measured over a dozen candidates
 ROW_BYTES = 192 << 20  # of logits in hand, where no budget is smaller
 
 
