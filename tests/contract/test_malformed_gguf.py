@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import struct
 import subprocess
 import sys
@@ -58,7 +57,6 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from fewbit.base.errors import InputError
 from fewbit.store.gguf import open_gguf
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 used = int([line for line in open("/proc/self/status") if line.startswith("VmSize")][0].split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), used + (64 << 20)))
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
@@ -83,7 +81,6 @@ def test_lies_cost_no_memory(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert "accepted" not in json.loads(run.stdout).values()
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 400 << 10
 
 
 def test_parts_must_belong_together(tmp_path: Path) -> None:

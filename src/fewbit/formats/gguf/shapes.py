@@ -30,6 +30,8 @@ def resolved(op: str, shape: Shape, compute: Callable[[str], object]) -> str:
     """An op of a table with its numbers filled in for a source of this shape; `compute` evaluates expressions."""
     word, *texts = op.strip().split(":")
     numbers = [compute(text) for text in texts]
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        raise InputError("FB-E0322", f"the config lacks a number that {op!r} needs")
     if word == "take":
         axis, part, count = numbers
         if shape[axis] % count:
