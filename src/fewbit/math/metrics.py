@@ -1,10 +1,13 @@
-"""Measures of how far a quantised tensor, or a distribution of logits, is from the original. Sums are in float64."""
+"""Measures of how far a quantised tensor, or a distribution of logits, is from the original. Differences are in float32 (float64 for
+float64 arguments), sums in float64."""
 
 from __future__ import annotations
 
 import torch
 
 from fewbit.math.tiles import CHUNK
+
+IN_CACHE = 1 << 16  # weights whose differences stay in a core's cache
 
 
 def squared_error(w: torch.Tensor, w_hat: torch.Tensor) -> float:
@@ -18,13 +21,14 @@ def weighted_error(w: torch.Tensor, w_hat: torch.Tensor, importance: torch.Tenso
     a, b = w.reshape(-1, cols), w_hat.reshape(-1, cols)
     if importance is not None and importance.ndim > 1:
         importance = importance.expand(w.shape).reshape(-1, cols)
-    step = max(1, CHUNK // max(1, cols))
+    step = max(1, IN_CACHE // max(1, cols))
+    kind = torch.float64 if torch.float64 in (w.dtype, w_hat.dtype) else torch.float32
     total = 0.0
     for i in range(0, a.shape[0], step):
-        miss = (a[i : i + step].double() - b[i : i + step].double()).square_()
+        miss = (a[i : i + step].to(kind) - b[i : i + step].to(kind)).square_()
         if importance is not None:
             miss *= importance if importance.ndim == 1 else importance[i : i + step]
-        total += float(miss.sum())
+        total += float(miss.sum(dtype=torch.float64))
     return total
 
 

@@ -47,6 +47,11 @@ class Tiling:
         return (*self.batch, -(-self.rows // self.block_rows), -(-self.cols // self.block_cols))
 
     @property
+    def blocked(self) -> tuple[int, ...]:
+        """Shape in which an even tiling's blocks are dimensions of their own: (*batch, block rows, rows, block columns, columns)."""
+        return (*self.grid[:-1], self.block_rows, self.grid[-1], self.block_cols)
+
+    @property
     def even(self) -> bool:
         """Whether the blocks cut the matrix without remainder."""
         return self.rows % self.block_rows == 0 and self.cols % self.block_cols == 0

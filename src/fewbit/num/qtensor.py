@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fewbit.base.errors import InputError
+from fewbit.num.blocks import Tiling
 from fewbit.num.grid import BF16, E4M3, E5M2, E8M0, F16, F32, UE4M3, Codebook, FloatGrid, Grid, IntGrid, VectorGrid
 from fewbit.num.scheme import Scheme
 
@@ -133,13 +134,15 @@ class QTensor:
         if self.scheme.is_leaf:
             return expand(values, self.scheme, self.shape).reshape(self.shape).to(dtype)
         tiling = self.scheme.blocks.resolve(self.shape)
-        values = values.reshape(tiling.view)
+        values = values.reshape(tiling.blocked if tiling.even else tiling.view)
+        if values.data_ptr() == self.codes.data_ptr():
+            values = values.clone()
         if self.code_shift is not None:
-            values = values - self._per_weight("code_shift")
+            values -= self._broadcast("code_shift", tiling)
         if self.scale is not None:
-            values = values * self._per_weight("scale")
+            values *= self._broadcast("scale", tiling)
         if self.value_shift is not None:
-            values = values + self._per_weight("value_shift")
+            values += self._broadcast("value_shift", tiling)
         values = values.reshape(self.shape)
         permutation = self.sides.get("permutation")
         if permutation is not None:
@@ -157,12 +160,15 @@ class QTensor:
             return self.scheme.block_counts(self.shape)
         return self.shape
 
-    def _per_weight(self, name: str) -> torch.Tensor:
+    def _broadcast(self, name: str, tiling: Tiling) -> torch.Tensor:
+        """A part as float32 that broadcasts over the weights: one entry per block of an even tiling, else one per weight."""
         part, stored = getattr(self.scheme, name), getattr(self, name)
         values = values_of(stored)
         counts = self.scheme.block_counts(self.shape)
         if part.is_leaf:  # a leaf may hold fewer entries than blocks: one per block of the block array
             values = expand(values, part, counts)
+        if tiling.even:
+            return values.reshape(*counts[:-1], 1, counts[-1], 1)
         return expand(values.reshape(counts), self.scheme, self.shape)
 
     @property
