@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fewbit.base.errors import InputError
-from fewbit.math.linalg import Feedback, damped, feedback_factor, solve_damped
+from fewbit.math.linalg import DOUBLE, Feedback, damped, feedback_factor, solve_damped
 from fewbit.math.scales import assemble, fit, quantize
 from fewbit.math.search import Params, Search
 from fewbit.math.stats import Stats
@@ -141,15 +141,19 @@ class Problem:
             wanted, more = drifted(w, gram, stats.cross_gram.to(w.device), options["damping"])
             notes += more
         rows = outer = None
+        unit = 1.0 / max(1, stats.count)
         if options["loss_weighting"] and stats.out_gram is not None:
             outer = _symmetric(stats.out_gram.to(w.device))
             rows = feedback_factor(outer, options["outer_damping"])
-            outer = damped(outer, rows.damping)[0].float() / outer.diagonal().mean().float()
+            level = outer.diagonal().double().mean()
+            outer = (damped(outer.double(), rows.damping)[0] / level).float()
+            unit *= float(level)
             notes += rows.notes
         mean = gram.diagonal().double().mean()
-        scaled = (damped(gram.double(), columns.damping)[0] / mean).float()
+        wide = gram.double() if len(gram) <= DOUBLE else gram
+        scaled = (damped(wide, columns.damping)[0] / mean).float()
         scaled.diagonal()[scaled.diagonal() <= 0] = columns.damping
-        return cls(wanted, order, columns, rows, Quadratic(wanted, scaled, outer), notes)
+        return cls(wanted, order, columns, rows, Quadratic(wanted, scaled, outer, unit * float(mean)), notes)
 
 
 def drifted(
@@ -166,13 +170,13 @@ def drifted(
     if not bool(torch.isfinite(cross).all()):
         raise InputError("FB-E0705", "the cross-gram of the inputs holds NaN or infinity")
     # x_float^T x - x^T x, in float64 so that a small difference of large sums keeps its digits
-    missing = (w.double() @ (cross.double() - gram.double())) if w.shape[1] <= 4096 else w @ (cross - gram)
+    missing = (w.double() @ (cross.double() - gram.double())) if len(gram) <= DOUBLE else w @ (cross - gram)
     correction, notes = solve_damped(gram, missing, damping)
     return w + correction, notes
 
 
 def _symmetric(gram: torch.Tensor) -> torch.Tensor:
-    return (gram + gram.T) / 2
+    return (gram + gram.T) / 2 if len(gram) <= DOUBLE else gram  # factors read one half only; large ones are not copied
 
 
 def _rounded(w: torch.Tensor, stats: Stats, scheme: Scheme, search: Search, note: str) -> Solved:

@@ -126,7 +126,7 @@ def _gradients(loss: Loss, weights: Mapping[str, QTensor], batches: list[int]) -
 
 def _moved(q: QTensor, problem: Quadratic, gradient: torch.Tensor, sweeps: int) -> QTensor:
     """The weight after coordinate descent on the quadratic whose slope here is `gradient`."""
-    step = torch.cholesky_solve(gradient.double().T, torch.linalg.cholesky(problem.gram.double())).T
+    step = torch.cholesky_solve(gradient.double().T / problem.unit, torch.linalg.cholesky(problem.gram.double())).T
     if problem.outer is not None:
         step = torch.cholesky_solve(step, torch.linalg.cholesky(problem.outer.double()))
     there = replace(problem, w=(q.dequantize().double() - step).float())

@@ -28,21 +28,23 @@ class Quadratic:
 
     Attributes:
         w: float32 [rows, cols], the wanted weights.
-        gram: float32 [cols, cols], damped; outer: float32 [rows, rows], damped, or None for the identity.
+        gram: float32 [cols, cols], damped; outer: float32 [rows, rows], damped, or None for the identity; both of mean diagonal about one.
+        unit: what a loss of one stands for in the units of the statistics.
     """
 
     w: torch.Tensor
     gram: torch.Tensor
     outer: torch.Tensor | None = None
+    unit: float = 1.0
 
     def slope(self, values: torch.Tensor) -> torch.Tensor:
-        """Half the gradient: G E H, float32 [rows, cols]."""
+        """Half the gradient over `unit`: G E H, float32 [rows, cols]."""
         moved = (values - self.w) @ self.gram
         return moved if self.outer is None else self.outer @ moved
 
     def loss(self, values: torch.Tensor, slope: torch.Tensor | None = None) -> float:
         slope = self.slope(values) if slope is None else slope
-        return float(((values - self.w).double() * slope).sum())
+        return self.unit * float(((values - self.w).double() * slope).sum())
 
 
 @dataclass
