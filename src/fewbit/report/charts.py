@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 860, 64, 18, 16, 44
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 860, 78, 18, 16, 44
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def size_against_loss(marks: Sequence[Mark], floor: float | None, x_label: str, 
     height = 430
     xs = [mark.x for mark in marks]
     x_low, x_high = min(xs) - 0.4, max(xs) + 0.9
-    y_low = math.floor(math.log10(min([mark.y for mark in positive] + ([floor] if floor else []))) - 0.1)
+    y_low = math.log10(min([mark.y for mark in positive] + ([floor] if floor else []))) - 0.25
     y_high = math.log10(max(max(mark.y, mark.high) for mark in positive)) + 0.15
 
     def at_x(value: float) -> float:
@@ -65,41 +65,45 @@ def size_against_loss(marks: Sequence[Mark], floor: float | None, x_label: str, 
 
     body = [line(at_x(tick), TOP, at_x(tick), height - BOTTOM, "grid") for tick in ticks(x_low, x_high)]
     body += [text(at_x(tick), height - BOTTOM + 18, f"{tick:g}") for tick in ticks(x_low, x_high)]
-    for power in range(y_low, math.floor(y_high) + 1):
+    for power in range(math.ceil(y_low), math.floor(y_high) + 1):
         body += [line(LEFT, at_y(10.0**power), WIDTH - RIGHT, at_y(10.0**power), "grid")]
         body += [text(LEFT - 8, at_y(10.0**power) + 4, f"{10.0**power:g}", "tick", "end")]
     body += [text((LEFT + WIDTH - RIGHT) / 2, height - 6, x_label, "axis-name")]
     body += [f'<text transform="translate(14 {height / 2:.0f}) rotate(-90)" class="axis-name" text-anchor="middle">{escape(y_label)}</text>']
     if floor:
-        body += [line(LEFT, at_y(floor), WIDTH - RIGHT, at_y(floor), "floor"), text(WIDTH - RIGHT, at_y(floor) - 5, f"noise floor {floor:.2g}", "note", "end")]
-    body += _marks([mark for mark in marks if mark.kind == "reference"], at_x, at_y, [])
-    body += _marks([mark for mark in marks if mark.kind != "reference"], at_x, at_y, _boxes(marks, at_x, at_y))
+        body += [line(LEFT, at_y(floor), WIDTH - RIGHT, at_y(floor), "floor"), text(LEFT + 6, at_y(floor) - 5, f"noise floor {floor:.2g}", "note", "start")]
+    body += _marks(marks, at_x, at_y)
     return svg(height, body, f"{y_label} against {x_label}")
 
 
-def _boxes(marks: Sequence[Mark], at_x, at_y) -> list[tuple[float, float, float, float]]:  # type: ignore[no-untyped-def]
-    return [(at_x(mark.x) - 5, at_y(mark.y) - 5, at_x(mark.x) + 5, at_y(mark.y) + 5) for mark in marks if mark.y > 0 and mark.kind != "reference"]
+Scale = Callable[[float], float]
+Box = tuple[float, float, float, float]
 
 
-def _marks(marks: Sequence[Mark], at_x, at_y, taken: list[tuple[float, float, float, float]]) -> list[str]:  # type: ignore[no-untyped-def]
-    """Points with labels; a label moves until it covers no other, and gives up its place rather than overprint."""
-    body = []
-    for index, mark in enumerate(sorted(marks, key=lambda item: item.x)):
-        x, y = at_x(mark.x), at_y(max(mark.y, 1e-12))
+def _marks(marks: Sequence[Mark], at_x: Scale, at_y: Scale) -> list[str]:
+    """Points and their labels, candidates first; a label moves until it covers nothing, and one that finds no place is left to the pointer."""
+    body, labels = [], []
+    ordered = sorted((mark for mark in marks if mark.y > 0), key=lambda mark: (mark.kind == "reference", mark.x))
+    taken: list[Box] = [(at_x(mark.x) - 5, at_y(mark.y) - 5, at_x(mark.x) + 5, at_y(mark.y) + 5) for mark in ordered]
+    for index, mark in enumerate(ordered):
+        x, y = at_x(mark.x), at_y(mark.y)
         reference = mark.kind == "reference"
         kind = "ref" if reference else f"c{index % 8}"
         if not reference:
             body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{at_y(max(mark.low, 1e-12)):.1f}" y2="{at_y(max(mark.high, 1e-12)):.1f}" class="bar {kind}"/>')
         body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{3 if reference else 5}" class="dot {kind}"><title>{escape(mark.label)}: {mark.y:.4g}</title></circle>')
-        spot = _spot(mark.label, x, y, 5.2 if reference else 6.4, taken)
+        spot = _spot(mark.label, x, y, 5.6 if reference else 7.2, taken)
         if spot is not None:
-            body.append(text(*spot[:2], mark.label, "note" if reference else "label", spot[2]))
-    return body
+            labels.append(text(*spot[:2], mark.label, "note" if reference else "label", spot[2]))
+    return [*reversed(body), *labels]
 
 
-def _spot(label: str, x: float, y: float, letter: float, taken: list[tuple[float, float, float, float]]) -> tuple[float, float, str] | None:
+_PLACES = ((9, 4, "start"), (-9, 4, "end"), (8, -10, "start"), (8, 18, "start"), (-8, -10, "end"), (-8, 18, "end"), (0, -16, "middle"), (0, 24, "middle"), (8, 32, "start"), (8, -26, "start"))
+
+
+def _spot(label: str, x: float, y: float, letter: float, taken: list[Box]) -> tuple[float, float, str] | None:
     wide = letter * len(label)
-    for dx, dy, anchor in ((9, 4, "start"), (-9, 4, "end"), (9, -10, "start"), (9, 18, "start"), (-9, -10, "end"), (-9, 18, "end"), (0, -22, "middle"), (0, 30, "middle")):
+    for dx, dy, anchor in _PLACES:
         left = x + dx - (wide if anchor == "end" else wide / 2 if anchor == "middle" else 0)
         box = (left, y + dy - 11, left + wide, y + dy + 3)
         inside = box[0] > LEFT and box[2] < WIDTH - 2 and box[1] > 2
@@ -114,7 +118,7 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], values: dict[tuple[int
     if not values:
         return ""
     left, cell_high = 96, 24
-    cell = min(84.0, (WIDTH - left - RIGHT) / max(1, len(columns)))
+    cell = min(96.0, (WIDTH - left - RIGHT) / max(1, len(columns)))
     low, high = min(values.values()), max(values.values())
     body = [text(left + (j + 0.5) * cell, 12, name) for j, name in enumerate(columns) if cell > 22 or j % 4 == 0]
     for i, name in enumerate(rows):

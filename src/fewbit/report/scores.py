@@ -19,9 +19,18 @@ def with_error(value: float | None, error: float | None, scale: float = 1.0, uni
         return "overflow"
     value, error = value * scale, (error or 0.0) * scale
     if not error or not math.isfinite(error):
-        return f"{value:.5g}{unit}"
-    digits = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:.{digits}f} ± {error:.{digits}f}{unit}"
+        return f"{value:.4g}{unit}"
+    power = math.floor(math.log10(abs(value))) if value else 0
+    if power < -3:  # 1.35e-4 ± 0.04e-4
+        return f"{_rounded(value / 10.0**power, error / 10.0**power)}e{power}{unit}".replace(" ± ", f"e{power} ± ")
+    return f"{_rounded(value, error)}{unit}"
+
+
+def _rounded(value: float, error: float) -> str:
+    """To the error's first digit, its second where the first is 1 or 2; never less than three digits of the value."""
+    digits = -math.floor(math.log10(error))
+    digits = max(0, digits + (error * 10**digits < 3), 2 - math.floor(math.log10(abs(value))) if value else 0)
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def estimate(record: Record, scale: float = 1.0, unit: str = "") -> str:
