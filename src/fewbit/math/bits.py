@@ -16,6 +16,7 @@ import torch
 
 from fewbit.base.errors import InputError
 
+_MIN_CODES = 1 << 13
 _WORD_BITS = {torch.uint8: 8, torch.int16: 16, torch.int32: 32}
 
 
@@ -38,10 +39,14 @@ def pack(
     count = codes.shape[-1]
     words = packed_length(count, bits, word=word, dense=dense)
     if bits == size:
-        return codes.view(word).clone() if codes.element_size() == 1 == word.itemsize else codes.to(torch.int64).to(word)
+        return (
+            codes.view(word).clone() if codes.element_size() == 1 == word.itemsize else codes.to(torch.int64).to(word)
+        )
     if _by_bytes(bits, size, order):
         whole = torch.nn.functional.pad(codes, (0, words * (size // bits) - count))
         return pack(whole, bits).view(word)
+    if _kernels_serve(codes, count * bits % size == 0, count, order, dense):
+        return _pack_fast(codes, bits, word)
     if size % bits == 0 or not dense:
         return _pack_aligned(codes, bits, size // bits, words, order, word)
     return _pack_dense(codes, bits, words, order, word)
@@ -63,6 +68,8 @@ def unpack(
         codes = words[..., :count].to(torch.uint8)
     elif _by_bytes(bits, size, order):
         codes = unpack(words.contiguous().view(torch.uint8), bits, count)
+    elif _kernels_serve(words, words.shape[-1] * size == count * bits, count, order, dense):
+        codes = _unpack_fast(words, bits, count)
     elif size % bits == 0 or not dense:
         codes = _unpack_aligned(words, bits, size // bits, count, order)
     else:
@@ -75,6 +82,36 @@ def unpack(
 def _by_bytes(bits: int, size: int, order: str) -> bool:
     """Whether wide words are nothing but bytes in a row: then codes are packed into bytes, several times faster."""
     return size > 8 and 8 % bits == 0 and order == "lsb" and sys.byteorder == "little"
+
+
+def _kernels_serve(data: torch.Tensor, whole: bool, count: int, order: str, dense: bool) -> bool:
+    """Whether all rows together are one run of whole bytes, and long enough to be worth a kernel."""
+    large = data.device.type == "cpu" and data.numel() >= _MIN_CODES and sys.byteorder == "little"
+    return large and whole and count % 8 == 0 and order == "lsb" and dense and data.dtype in (torch.int8, *_WORD_BITS)
+
+
+def _pack_fast(codes: torch.Tensor, bits: int, word: torch.dtype) -> torch.Tensor:
+    from fewbit.math.kernels import packing
+
+    flat = codes.contiguous().view(-1).to(torch.uint8).numpy()
+    out = torch.empty((*codes.shape[:-1], codes.shape[-1] * bits // 8), dtype=torch.uint8)
+    if bits == 4:
+        packing.pack_nibbles(flat, out.view(-1).numpy(), 0, flat.size // 2)
+    else:
+        packing.pack_bytes(flat, bits, out.view(-1).numpy(), 0, flat.size // 8)
+    return out.view(word)
+
+
+def _unpack_fast(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    from fewbit.math.kernels import packing
+
+    flat = words.contiguous().view(-1).view(torch.uint8).numpy()
+    out = torch.empty((*words.shape[:-1], count), dtype=torch.uint8)
+    if bits == 4:
+        packing.unpack_nibbles(flat, out.view(-1).numpy(), 0, flat.size)
+    else:
+        packing.unpack_bytes(flat, bits, out.view(-1).numpy(), 0, flat.size // bits)
+    return out
 
 
 def _word_bits(word: torch.dtype, bits: int) -> int:

@@ -51,6 +51,11 @@ def test_large_rows_take_the_fast_path_to_the_same_words(bits: int) -> None:
     rows = torch.stack([pack(row, bits, word=torch.int32) for row in codes])
     assert torch.equal(whole, rows)
     assert torch.equal(unpack(whole, bits, 2080), codes)
+    assert torch.equal(unpack(pack(codes, bits), bits, 2080), codes)
+    signed = (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    again = pack(signed, bits, word=torch.int32)
+    assert torch.equal(again, torch.stack([pack(row, bits, word=torch.int32) for row in signed]))
+    assert torch.equal(unpack(again, bits, 2080, signed=True), signed)
 
 
 def test_refusals() -> None:
