@@ -35,6 +35,8 @@ def command(
         str, typer.Option(help="auto, off, or a folder: keep the base's distributions for the next time")
     ] = "auto",
     noise: Annotated[bool, typer.Option(help="compare the base with itself in bfloat16 too")] = True,
+    engine: Annotated[str | None, typer.Option(help="also run the candidates in llama.cpp, vllm or transformers itself")] = None,
+    engine_python: Annotated[str | None, typer.Option(help="interpreter that has the engine")] = None,
     look: Annotated[int | None, typer.Option(min=0, help="candidates to look at layer by layer [default: 1 with --report, else 0]")] = None,
     report: Annotated[Path | None, typer.Option(help="folder for report.html and report.json")] = None,
     card: Annotated[bool, typer.Option("--card", help="write a model card, README.md, into each candidate's folder")] = False,
@@ -46,13 +48,15 @@ def command(
     """Perplexity, KL divergence and flips of candidates against a base, on identical tokens, with standard errors."""
     from fewbit.base.errors import QualityError
     from fewbit.eval.cache import default_folder
+    from fewbit.eval.engines.engine import find_engine
     from fewbit.eval.fidelity import Options, study
     from fewbit.plan.recipe import parse_size
     from fewbit.report.scores import study_page
 
     folder = {"auto": default_folder(), "off": None}.get(cache, Path(cache))
     options = Options(text, tokens, length, skip, chat, device, parse_size(ram) if ram else None, folder, noise, look if look is not None else int(report is not None))
-    made = study(candidates, base, options, lambda line: print(line, file=sys.stderr))
+    real = find_engine(engine, engine_python, device) if engine else None
+    made = study(candidates, base, options, lambda line: print(line, file=sys.stderr), real)
     record = made.record()
     if report is not None:
         write_report(report, record)

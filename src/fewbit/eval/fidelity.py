@@ -164,29 +164,38 @@ Logits = Callable[[int, torch.Tensor], torch.Tensor]
 """(window, positions) -> float32 logits [positions, vocab] of a candidate, called in order."""
 
 
-def measure(reference: Reference, candidates: Sequence[Logits], name: str) -> list[dict[str, torch.Tensor]]:
+def measure(reference: Reference, candidates: Sequence[Logits], name: str, pair: bool = False) -> list[dict[str, torch.Tensor]]:
     """Measures of every position, for each of some candidates in one walk over the base.
+
+    Args:
+        pair: also compare the second candidate with the first; comes last in the answer.
 
     Raises:
         InputError: FB-E0802 when a candidate has another vocabulary; FB-E0806 when its logits are not finite.
     """
     chosen = reference.windows
-    found = [PerToken(int(chosen.scored.sum())) for _ in candidates]
+    found = [PerToken(int(chosen.scored.sum())) for _ in range(len(candidates) + pair)]
     for window, positions, p_logits, exactness, nll in reference.rows():
         target = chosen.tokens[window, positions + 1]
-        for into, logits in zip(found, candidates, strict=True):
-            q_logits = logits(window, positions)
-            if p_logits.shape[-1] != q_logits.shape[-1]:
-                what = f"the candidate gives {q_logits.shape[-1]} logits, the base {p_logits.shape[-1]}"
-                raise InputError("FB-E0802", what, file=name)
-            if not bool(torch.isfinite(q_logits).all()):
-                raise InputError("FB-E0806", "the candidate's logits hold NaN or infinity", file=name)
-            parts = compare(p_logits, q_logits, target, exactness)
-            if nll is not None:
-                parts["base_nll"] = nll.double()
-            count = torch.ones_like(positions)
+        given = [_checked(logits(window, positions), p_logits, name) for logits in candidates]
+        every = [compare(p_logits, q_logits, target, exactness) for q_logits in given]
+        for parts in every if nll is not None else ():
+            parts["base_nll"] = nll.double()  # type: ignore[union-attr]
+        if pair:
+            every.append(compare(given[0], given[1], target))
+        count = torch.ones_like(positions)
+        for into, parts in zip(found, every, strict=True):
             into.add(**parts, window=count * window, position=positions, cluster=count * chosen.clusters[window])
     return [part.measures for part in found]
+
+
+def _checked(q_logits: torch.Tensor, p_logits: torch.Tensor, name: str) -> torch.Tensor:
+    if p_logits.shape[-1] != q_logits.shape[-1]:
+        what = f"the candidate gives {q_logits.shape[-1]} logits, the base {p_logits.shape[-1]}"
+        raise InputError("FB-E0802", what, file=name)
+    if not bool(torch.isfinite(q_logits).all()):
+        raise InputError("FB-E0806", "the candidate's logits hold NaN or infinity", file=name)
+    return q_logits
 
 
 def stored_logits(runner: Runner, tokens: torch.Tensor, hidden: ActStore) -> Logits:
@@ -269,7 +278,7 @@ def _score(into: Study, reference: Reference, path: str, source: Source | GgufVi
         with contextlib.ExitStack() as stack:
             if engine is not None:
                 ways.append(stack.enter_context(engine.open(path, into.windows.tokens)))
-            found = measure(reference, ways, path)
+            found = measure(reference, ways, path, pair=len(ways) > 1)
     finally:
         hidden.close()
     if len({score.name for score in into.scores}) < reference.options.look:
@@ -279,7 +288,18 @@ def _score(into: Study, reference: Reference, path: str, source: Source | GgufVi
     for measures, way in zip(found, ("reference", getattr(engine, "name", "")), strict=False):
         into.scores.append(summarise(path, measures, path=way, **sizes))
         into.per_token.append(measures)
+    if engine is not None:
+        _agreement(into, path, engine.name, summarise(path, found[2]))
     return runner.passes
+
+
+def _agreement(into: Study, path: str, engine: str, score: Score) -> None:
+    """A row of the table that holds the engine's output against the reference path's."""
+    note = "The engine against fewbit's reference path on the same file: what the engine's own arithmetic adds (rounded activations, 16-bit caches)."
+    table = into.extras.setdefault("engines", {"heads": ["candidate", "engine", "KL, nats", "KL 99 %", "perplexity ratio", "same top 1"], "rows": [], "note": note})
+    made = score.record()
+    cells = [made["kl"], made["kl_quantiles"]["0.99"], made["perplexity_ratio"], made["top1"]]
+    table["rows"].append([path, engine, *({"value": cell["value"], "stderr": cell["stderr"]} for cell in cells)])
 
 
 def noise_floor(source: Source, reference: Reference, options: Options, say: Say) -> list[Score]:

@@ -19,7 +19,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Finding:
     """One thing that is wrong.
 
     Attributes:
-        kind: opens, config, skipped, manifest, finite, codes or source.
+        kind: opens, config, skipped, manifest, finite, codes, source or engine.
         tensor: name of the tensor concerned, "" for the checkpoint as a whole.
         message: what was found and what was expected.
     """
@@ -118,12 +118,21 @@ class Verified:
             )
 
 
-def verify(path: str | Path, base: str | Path | Source | None = None, *, limit: int = 100) -> Verified:
+def verify(
+    path: str | Path,
+    base: str | Path | Source | None = None,
+    *,
+    engine: str | None = None,
+    python: str | None = None,
+    limit: int = 100,
+) -> Verified:
     """Checks a checkpoint of any format; see the module's text.
 
     Args:
         path: folder or file.
         base: the float checkpoint that it was made from, open or as a path; without one nothing is said of its values.
+        engine: a real loader that opens it in a process of its own (transformers, vllm), see `eval.loaders`.
+        python: interpreter of the environment that has the engine; None for our own.
         limit: findings of one kind after which counting stops.
     """
     place = Path(path)
@@ -136,11 +145,23 @@ def verify(path: str | Path, base: str | Path | Source | None = None, *, limit: 
     try:
         if base is not None and not isinstance(base, Source):
             base = opened = open_source(base)
-        return _verify(place, source, base, limit)
+        found = _verify(place, source, base, limit)
+        return _with_engine(found, source, engine, python) if engine else found
     finally:
         source.close()
         if opened is not None:
             opened.close()
+
+
+def _with_engine(found: Verified, source: Source, engine: str, python: str | None) -> Verified:
+    """What a real loader says is one finding more, or a note."""
+    from fewbit.eval.loaders import open_with
+
+    opened = open_with(engine, source, python=python)
+    if opened.problem:
+        return replace(found, findings=(*found.findings, Finding("engine", "", f"{engine} {opened.version} {opened.problem}".strip())))
+    note = f"{engine} {opened.version} loads it, {opened.difference:.2g} nats a token from the decoded weights"
+    return replace(found, notes=(*found.notes, note))
 
 
 def _verify(place: Path, source: Source, base: Source | None, limit: int) -> Verified:
