@@ -159,7 +159,10 @@ def _with_engine(found: Verified, source: Source, engine: str, python: str | Non
 
     opened = open_with(engine, source, python=python)
     if opened.problem:
-        return replace(found, findings=(*found.findings, Finding("engine", "", f"{engine} {opened.version} {opened.problem}".strip())))
+        return replace(
+            found,
+            findings=(*found.findings, Finding("engine", "", f"{engine} {opened.version} {opened.problem}".strip())),
+        )
     note = f"{engine} {opened.version} loads it, {opened.difference:.2g} nats a token from the decoded weights"
     return replace(found, notes=(*found.notes, note))
 
