@@ -1,0 +1,88 @@
+"""Ours beside the peers on the shipped sample: the same scheme, the same calibration tokens, KL over the same text, wall time and peak memory.
+
+    FEWBIT_ENVS=… python bench/peers_kl.py --bits 4 3 2 --peers llmcompressor-rtn llmcompressor-gptq autoround --ours rtn:absmax rtn hqq gptq
+
+Peers run in environments of their own (dev/envs.py). Scheme: int<bits>, groups of 128, asymmetric, all linears of all blocks. JSON on stdout.
+`--ours METHOD[:SEARCH][,option=value…]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewbit import api
+from fewbit.run.calib import calibration
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "engines"))
+from harness import run_driver  # noqa: E402
+
+SAMPLE = ROOT / "samples" / "sample"
+TEXT = ROOT / "samples" / "text" / "wikitext2-test.txt"
+
+
+def peer(name: str, bits: int, out: Path, tokens: Path, iters: int) -> dict[str, Any]:
+    """Runs a peer; its output folder, seconds of quantising and peak memory."""
+    common = {"model": str(SAMPLE), "out": str(out), "calibration": str(tokens)}
+    if name.startswith("llmcompressor"):
+        weights = {"num_bits": bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": 128}
+        job = {**common, "method": name.partition("-")[2], "weights": weights, "dtype": "float32"}
+        done = run_driver("llmcompressor", "llmcompressor", job, timeout=3600)
+        return {"out": out, "seconds": done["quantize_seconds"], "wall": done["wall_seconds"], "peak_mb": done["peak_rss_mb"]}
+    job = {**common, "bits": bits, "group_size": 128, "sym": False, "iters": iters}
+    done = run_driver("autoround", "autoround", job, timeout=7200)
+    return {"out": Path(done["model_dir"]), "seconds": done["seconds"], "wall": done["wall_seconds"], "peak_mb": done["peak_rss_mb"]}
+
+
+def ours(spec: str, bits: int, out: Path) -> dict[str, Any]:
+    """Runs the command line in a process of its own."""
+    head, *options = spec.split(",")
+    method, _, search = head.partition(":")
+    flags = [word for option in ([f"search={search}"] if search else []) + options for word in ("--set", option)]
+    command = [sys.executable, "-m", "fewbit.cli.main", "quantize", str(SAMPLE), "--to", f"compressed-tensors:int{bits}-g128-asym",
+               "--method", method, "-o", str(out), "--json", "--no-verify", *flags]  # fmt: skip
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    record = json.loads(done.stdout)
+    return {"out": out, "seconds": record["seconds"], "wall": time.perf_counter() - started, "peak_mb": record["peak_bytes"] / 1e6}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4])
+    parser.add_argument("--peers", nargs="*", default=["llmcompressor-rtn"])
+    parser.add_argument("--ours", nargs="*", default=["rtn:absmax", "rtn", "hqq"])
+    parser.add_argument("--tokens", type=int, default=12288)
+    parser.add_argument("--iters", type=int, default=200)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/fewbit-peers"))
+    given = parser.parse_args()
+    shutil.rmtree(given.folder, ignore_errors=True)
+    given.folder.mkdir(parents=True)
+    ids = calibration("default", SAMPLE, 128, 512, 0, 8192).tokens
+    np.save(given.folder / "calibration.npy", ids.numpy())
+    rows = []
+    for bits in given.bits:
+        made = {}
+        for name in given.peers:
+            made[name] = peer(name, bits, given.folder / f"{name}-{bits}", given.folder / "calibration.npy", given.iters)
+        for spec in given.ours:
+            made[f"fewbit {spec}"] = ours(spec, bits, given.folder / f"fewbit-{spec.replace(':', '-').replace(',', '-').replace('=', '-')}-{bits}")
+        scores = api.evaluate([item["out"] for item in made.values()], SAMPLE, text=str(TEXT), tokens=given.tokens)
+        for (name, item), score in zip(made.items(), scores, strict=True):
+            kl, error = score.measures["kl"][:2]
+            rows.append({"bits": bits, "who": name, "kl": kl, "stderr": error, **{k: v for k, v in item.items() if k != "out"}})
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    print(json.dumps({"bench": "peers_kl", "text": TEXT.name, "tokens": given.tokens, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
