@@ -73,9 +73,10 @@ def plan_quantize(
 
 def _rewritten(source: Source, recipe: Recipe) -> Source:
     """The equal float model that the recipe's rewrites make of a source."""
+    from fewbit.run.gguf_source import for_targets
     from fewbit.run.rewrites import rewritten
 
-    return rewritten(source, recipe)
+    return rewritten(for_targets(source, recipe.to), recipe)
 
 
 def _decide(source: Source, model: str, recipe: Recipe, out: Path | None, ram: int | None, workers: int | None) -> Plan:

@@ -15,7 +15,7 @@ from fewbit.formats.gguf.expressions import evaluate
 from fewbit.formats.gguf.metadata import Metadata, Value
 
 _LISTS = ("hf", "vocab", "drop", "choices", "prefixes")
-_TABLES = ("defaults", "metadata", "tensors", "notes", "requires")
+_TABLES = ("defaults", "metadata", "tensors", "notes", "requires", "config")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Family:
     requires: dict[str, str]
     defaults: dict[str, Any]
     metadata: dict[str, str]
+    config: dict[str, str]
     tensors: dict[str, tuple[str, ...]]
 
 
@@ -87,6 +88,7 @@ def family_named(name: str) -> Family:
         requires={text: sentence for text, sentence in rows["requires"].items() if sentence},
         defaults={key: value for key, value in rows["defaults"].items() if value != ""},
         metadata={key: text for key, text in rows["metadata"].items() if text},
+        config={key: text for key, text in rows["config"].items() if text},
         tensors={
             key: (text,) if isinstance(text, str) else tuple(text) for key, text in rows["tensors"].items() if text
         },

@@ -1,0 +1,82 @@
+"""A GGUF file as a source of float tensors under its checkpoint's names, so that it can go to any other format.
+
+From GGUF to GGUF none of this is needed: tensors keep their names there, and blocks that keep their type are copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from fewbit.base.errors import InputError
+from fewbit.formats.gguf.encode import checkpoint_tensor, decoded, users
+from fewbit.formats.gguf.inverse import ROPE_TENSORS, inverse
+from fewbit.formats.gguf.metadata import GgufManifest
+from fewbit.num.qtensor import QTensor
+from fewbit.run.source import Source
+
+
+class GgufAsCheckpoint(Source):
+    """The float tensors that a GGUF file stands for.
+
+    Raises:
+        InputError: FB-E0320 for an architecture without a way back.
+    """
+
+    def __init__(self, source: Source) -> None:
+        held = source.checkpoint.manifest
+        if not isinstance(held, GgufManifest):
+            raise InputError("FB-E0301", "the source is no GGUF file", file=source.root)
+        self.checkpoint = source.checkpoint
+        found = inverse(held, {name: self.checkpoint.read(name).tolist() for name in ROPE_TENSORS if name in held})
+        self.config, self.manifest = found.config, found.manifest
+        self.format, self.stored = source.format, {}  # format: what it lies in, for messages; the tensors are floats
+        self._readers = users(found.targets)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any tensor lies in blocks."""
+        return any(info.dtype.startswith("GGML:") for info in self.checkpoint.manifest.values())
+
+    def _values(self, name: str) -> torch.Tensor:
+        info = self.checkpoint.manifest[name]
+        return decoded(info.dtype.removeprefix("GGML:"), self.checkpoint.read(name), info.shape, name)
+
+    def qtensor(self, name: str) -> QTensor | None:
+        return None
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor in the dtype of the manifest, every op undone."""
+        if name not in self.manifest:
+            raise InputError("FB-E0112", f"the checkpoint has no tensor {name!r}", tensor=name, file=self.root)
+        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[self.manifest[name].dtype]
+        return checkpoint_tensor(name, self._readers, self._values).to(dtype).contiguous()
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of the first dimension."""
+        return self.read(name)[start:stop]
+
+
+def for_targets(source: Source, targets: Iterable[str]) -> Source:
+    """A source as the outputs need it: a GGUF keeps its own names when it goes to GGUF, and takes its checkpoint's otherwise.
+
+    Raises:
+        InputError: FB-E0403 when both kinds are asked of one GGUF.
+    """
+    kinds = {target.partition(":")[0] == "gguf" for target in targets}
+    if not isinstance(source.checkpoint.manifest, GgufManifest) or kinds == {True}:
+        return source
+    if len(kinds) > 1:
+        raise InputError(
+            "FB-E0403", "a GGUF source goes to GGUF or to other formats, not to both in one run", file=source.root
+        )
+    return GgufAsCheckpoint(source)
+
+
+def open_gguf_as_checkpoint(path: str | Path) -> Source:
+    """A GGUF file under its checkpoint's names."""
+    from fewbit.run.source import open_source
+
+    return GgufAsCheckpoint(open_source(path))
