@@ -120,11 +120,12 @@ def snap(scheme: Scheme, w: torch.Tensor, params: Params, importance: torch.Tens
     rows = codes.view(-1, tiling.rows, codes.shape[-1])
     for chunk in chunks(w, importance, scheme.blocks):
         scale, z, v = (None if a is None else chunk.take(a) for a in arrays)
-        triple = (torch.ones_like(chunk.x[:1, :1, :1, :1]) if scale is None else scale, z, v)
+        triple = (torch.ones((1, 1, 1, 1), device=w.device) if scale is None else scale, z, v)
         if chunk.view is not None and fast.serves(grid):
             found = fast.snap(chunk.view, grid, triple)
         else:
-            found = nearest(grid, units(chunk.x, triple), chunk.h if grid.dim > 1 else None)
+            pieces = [nearest(grid, units(x, triple), h if grid.dim > 1 else None) for x, h in chunk.pieces()]
+            found = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         b, r0, _, c0, _ = chunk.index
         r, c = r0 * tiling.block_rows, c0 * tiling.block_cols // grid.dim
         part = found.reshape(found.shape[0] * found.shape[1], -1)[: chunk.extent[0], : chunk.extent[1] // grid.dim]
