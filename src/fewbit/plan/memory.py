@@ -168,7 +168,7 @@ class Cost:
         peak: bytes of resident memory.
         disk: bytes of the output.
         read: bytes read.
-        seconds: a rough time without calibration, by `nanoseconds_per_weight`.
+        seconds: a rough time without calibration, by `nanoseconds_per_weight`, if `workers` cores are free.
     """
 
     peak: int
@@ -177,19 +177,19 @@ class Cost:
     seconds: float
 
 
-# rough times of one core for one weight, from measurements of this project's kernels on a 2-core AVX-512 machine (dev/LOG.md); a searched fit
-# of a super-block scheme costs most
-NANOSECONDS = {"k-quant": 35.0, "searched": 20.0, "float": 8.0, "copy": 0.5}
+# Rough times of one core for one weight in nanoseconds: rounding to nearest with the default search, measured on two cores with AVX-512
+# (2048 x 4096 normal weights, 21 November 2026). Copying is bound by the disk.
+NANOSECONDS = {
+    "FP8": 58, "INT8 W8A8": 55, "Q8_0": 52, "Q6_K": 60, "Q5_K_M": 60, "Q4_K_M": 70, "Q3_K_M": 60, "Q2_K": 75, "IQ4_XS": 180, "INT4 g128": 85,
+    "NF4": 1300, "NVFP4": 860, "MXFP4": 1400,
+}  # fmt: skip
+COPY_NANOSECONDS = 1.0
+OTHER_NANOSECONDS = 150
 
 
 def nanoseconds_per_weight(storage: Storage) -> float:
-    """Time of one core for one weight, roundly."""
-    scheme = storage.scheme
-    if storage.plain:
-        return NANOSECONDS["copy"]
-    if any(not part.is_leaf for _, part in scheme.parts()):
-        return NANOSECONDS["k-quant"]
-    return NANOSECONDS["float" if storage.compute in ("fp8", "int8") else "searched"]
+    """Time of one core for one weight, roughly."""
+    return COPY_NANOSECONDS if storage.plain else NANOSECONDS.get(storage.label, OTHER_NANOSECONDS)
 
 
 def quantize_cost(model: Model, storage: Storage, *, workers: int = 2, ram: int = 1 << 50) -> Cost:

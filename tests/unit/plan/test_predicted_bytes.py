@@ -13,11 +13,13 @@ from fewbit.cli.plan import open_model
 from fewbit.formats.table import format_named, format_names
 from fewbit.plan.shapes import model_from_config
 from fewbit.plan.sizes import STORAGES, Storage, size_of
+from fewbit.store.checkpoint import open_checkpoint
+from fewbit.store.gguf_layout import lay_out_gguf
 from fewbit.store.layout import lay_out
 
 SMALL = {
     "num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 320,
-    "torch_dtype": "bfloat16",
+    "torch_dtype": "bfloat16", "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": None, "original_max_position_embeddings": 512,
 }  # fmt: skip
 ARCHITECTURES = {
     "dense": {**SMALL, "model_type": "llama"},
@@ -25,12 +27,16 @@ ARCHITECTURES = {
     "tied": {**SMALL, "model_type": "qwen3", "head_dim": 64, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "sliding": {**SMALL, "model_type": "gemma3_text", "head_dim": 64, "sliding_window": 64},
     "experts": {**SMALL, "model_type": "qwen3_moe", "head_dim": 64, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
-    "stacked": {**SMALL, "model_type": "gpt_oss", "head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "stacked": {**SMALL, "model_type": "gpt_oss", "head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
     "latent": {
         **SMALL, "model_type": "deepseek_v3", "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "n_shared_experts": 1,
         "first_k_dense_replace": 1, "q_lora_rank": 128, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64,
     },
     "fused": {**SMALL, "model_type": "phi3", "sliding_window": 64},
+}  # fmt: skip
+CLASSES = {
+    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM", "gpt_oss": "GptOssForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM", "phi3": "Phi3ForCausalLM",
 }  # fmt: skip
 TARGETS = [name for name in format_names() if name != "gguf"]
 
@@ -46,7 +52,7 @@ def write_model(folder: Path, config: dict) -> Path:
             tensors[weight.name.replace("*", str(expert))] = (torch.randn(weight.shape) * 0.02).bfloat16()
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": [CLASSES[config["model_type"]]]}))
     return folder
 
 
@@ -98,6 +104,29 @@ def test_the_listed_storages_are_predicted_too(kind: str, tmp_path: Path) -> Non
                 assert "no tensor would be quantised" in str(refused)
                 continue
             assert size_of(model, storage).total == plan.outputs[0].nbytes, label
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_gguf_files_are_predicted_to_the_byte(kind: str, tmp_path: Path) -> None:
+    """Every listed recipe by the plan of the run; two of them by the file itself, its header and padding included."""
+    source = write_model(tmp_path / "source", ARCHITECTURES[kind])
+    model = open_model(str(source))
+    for label, storage in STORAGES.items():
+        if storage.container == "gguf":
+            assert size_of(model, storage).total == api.plan_quantize(source, to=storage.target).outputs[0].nbytes, (
+                label
+            )
+    for label in ("Q8_0", "Q4_K_M"):
+        result = api.quantize(
+            source, to=f"gguf:{label}", options={"search": "absmax"}, out=tmp_path / label, verify=False, workers=2
+        )
+        planned = result.plan.outputs[0].carry
+        layout = lay_out_gguf(planned.layout_rows(), planned.metadata)
+        (file,) = (tmp_path / label).glob("*.gguf")
+        assert file.stat().st_size == layout.nbytes, label
+        with open_checkpoint(file) as written:
+            assert written.manifest.nbytes == size_of(model, STORAGES[label]).total
+        assert open_model(str(file)).disk_bytes == size_of(model, STORAGES[label]).total
 
 
 def test_the_sample_model(tmp_path: Path) -> None:
