@@ -17,7 +17,7 @@ INTEGERS = [
     f"int{bits}-{blocks}{scale}{zero}"
     for bits in range(2, 9)
     for blocks in ("tensor", "channel", "g32", "g64", "g128")
-    for scale in ("", "-bf16", "-f32")
+    for scale in (("", "-bf16", "-f32") if bits in (3, 4, 8) else ("", "-bf16"))
     for zero in ("", "-asym")
 ]
 SPELLINGS = [

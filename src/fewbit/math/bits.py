@@ -39,9 +39,9 @@ def pack(
     count = codes.shape[-1]
     words = packed_length(count, bits, word=word, dense=dense)
     if bits == size:
-        return (
-            codes.view(word).clone() if codes.element_size() == 1 == word.itemsize else codes.to(torch.int64).to(word)
-        )
+        same = codes.element_size() == 1 == word.itemsize
+        words_of = codes.view(word) if same else codes.to(torch.int64).to(word)
+        return words_of.clone(memory_format=torch.contiguous_format)  # whole rows of words, whatever the strides of the codes
     if _by_bytes(bits, size, order):
         whole = torch.nn.functional.pad(codes, (0, words * (size // bits) - count))
         return pack(whole, bits).view(word)
@@ -67,7 +67,7 @@ def unpack(
     if bits == size:
         codes = words[..., :count].to(torch.uint8)
     elif _by_bytes(bits, size, order):
-        codes = unpack(words.contiguous().view(torch.uint8), bits, count)
+        codes = unpack(words.reshape(-1).view(torch.uint8).reshape(*words.shape[:-1], -1), bits, count)
     elif _kernels_serve(words, words.shape[-1] * size == count * bits, count, order, dense):
         codes = _unpack_fast(words, bits, count)
     elif size % bits == 0 or not dense:
