@@ -121,15 +121,17 @@ def snap(scheme: Scheme, w: torch.Tensor, params: Params, importance: torch.Tens
     for chunk in chunks(w, importance, scheme.blocks):
         scale, z, v = (None if a is None else chunk.take(a) for a in arrays)
         triple = (torch.ones((1, 1, 1, 1), device=w.device) if scale is None else scale, z, v)
+        b, r, _, c, _ = chunk.index
+        r, c = r * tiling.block_rows, c * tiling.block_cols // grid.dim
         if chunk.view is not None and fast.serves(grid):
-            found = fast.snap(chunk.view, grid, triple)
-        else:
-            pieces = [nearest(grid, units(x, triple), h if grid.dim > 1 else None) for x, h in chunk.pieces()]
-            found = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-        b, r0, _, c0, _ = chunk.index
-        r, c = r0 * tiling.block_rows, c0 * tiling.block_cols // grid.dim
-        part = found.reshape(found.shape[0] * found.shape[1], -1)[: chunk.extent[0], : chunk.extent[1] // grid.dim]
-        rows[b, r : r + part.shape[0], c : c + part.shape[1]] = part
+            found = iter([fast.snap(chunk.view, grid, triple)])
+        else:  # several pieces only where one row of blocks is larger than a chunk
+            found = (nearest(grid, units(x, triple), h if grid.dim > 1 else None) for x, h in chunk.pieces())
+        for piece in found:
+            part = piece.reshape(piece.shape[0] * piece.shape[1], -1)[:, : chunk.extent[1] // grid.dim]
+            part = part[: chunk.extent[0] + chunk.index[1] * tiling.block_rows - r]
+            rows[b, r : r + part.shape[0], c : c + part.shape[1]] = part
+            r += part.shape[0]
     return codes.view(*shape[:-1], shape[-1] // grid.dim) if shape else codes.view(())
 
 
