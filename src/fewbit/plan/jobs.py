@@ -10,6 +10,7 @@ from typing import Any
 from fewbit.base.manifest import data_bytes
 from fewbit.base.record import plain
 from fewbit.num.scheme import Scheme, parse_scheme
+from fewbit.solve.table import SOLVERS
 
 Parts = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -51,6 +52,12 @@ class Job:
         for size in self.shape:
             total *= size
         return total
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Calibration statistics: of the solver, and for a static activation range."""
+        asked = SOLVERS[self.solver].needs if self.scheme is not None else frozenset()
+        return asked | {"absmax"} if self.scheme is not None and self.scheme.static else asked
 
     @property
     def nbytes(self) -> int:

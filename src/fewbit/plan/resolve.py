@@ -112,8 +112,7 @@ def resolve(
             errors.append(error)
     if errors:
         raise Refusals(errors)
-    solvers = {job.solver for out in outputs for job in out.quantised}
-    needs = sorted({need for name in solvers for need in SOLVERS[name].needs})
+    needs = sorted({need for out in outputs for job in out.quantised for need in job.needs})
     return Plan(
         source=source,
         outputs=tuple(outputs),

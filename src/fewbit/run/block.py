@@ -36,6 +36,7 @@ from fewbit.run.calib import Calibration, calibration
 from fewbit.run.fisher import fisher_pass, load_grams
 from fewbit.run.hf import BlockModel, Entry, Params, Slot
 from fewbit.run.observe import Observer, StopForward, Use
+from fewbit.run.static import with_inputs
 from fewbit.solve.table import SOLVERS, Solved
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Calibrated:
         self.model = BlockModel(source.config, source.manifest, dtype=dtype, device=run.settings.device)
         self.by_tensor: dict[str, list[Group]] = {}
         for group in groups:
-            if group.job.scheme is not None and SOLVERS[group.job.solver].needs:
+            if group.job.needs:
                 for name in group.job.reads:
                     self.by_tensor.setdefault(name, []).append(group)
         self.known = facts(source.manifest, source.config)
@@ -299,7 +300,9 @@ class Calibrated:
         if weight.dim() == 3 and slot.expert is None and set(stats) != {None}:
             parts = [self._one(job, weight[e], stats.get(e), f"expert {e}") for e in range(weight.shape[0])]
             assert job.scheme is not None
-            q = stack_experts(job.scheme, tuple(weight.shape), [part.q for part in parts])
+            seen = [one.absmax.max() for one in stats.values() if one.absmax is not None]
+            largest = Stats(absmax=torch.stack(seen)) if seen else None
+            q = with_inputs(stack_experts(job.scheme, tuple(weight.shape), [part.q for part in parts]), job.scheme, largest)
             return Solved(q, sum(part.loss for part in parts), tuple(dict.fromkeys(n for part in parts for n in part.notes)))
         label = "" if slot.expert is None else f"expert {slot.expert}"
         return self._one(job, weight, stats.get(slot.expert), label)
@@ -324,7 +327,7 @@ class Calibrated:
                 error.tensor = job.name
             raise
         counted = (f"{where}{count} calibration tokens",) if label else ()
-        return replace(found, notes=(*counted, *found.notes))
+        return replace(found, q=with_inputs(found.q, job.scheme, stats), notes=(*counted, *found.notes))
 
     def _put_back(self, params: Params, local: str, slot: Slot, q: QTensor) -> None:
         """Replaces a weight of the running block by what its codes stand for."""

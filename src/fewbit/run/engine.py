@@ -40,6 +40,7 @@ from fewbit.run.rewrites import RewrittenSource
 from fewbit.run.settings import Settings
 from fewbit.run.sinks import Sink, open_sink
 from fewbit.run.source import Source
+from fewbit.run.static import with_inputs
 from fewbit.solve.table import SOLVERS, Solved
 
 
@@ -217,7 +218,7 @@ class _Run:
 
     def _data_free(self, job: Job) -> bool:
         """Whether a job needs no calibration run: its solver needs nothing, or only what the importance matrix file gives."""
-        needs = SOLVERS[job.solver].needs
+        needs = job.needs
         return not needs or (self.imatrix is not None and needs <= {"importance"})
 
     def _pool(self, todo: list[Group]) -> None:
@@ -293,7 +294,8 @@ class _Run:
     def emit(self, group: Group, solved: Solved) -> None:
         """Encodes and writes a solved tensor to every output that wants it, and journals it."""
         for index, job in group.jobs:
-            self.sinks[index].put(job, solved)
+            assert job.scheme is not None
+            self.sinks[index].put(job, replace(solved, q=with_inputs(solved.q, job.scheme)))
         self._finished(group)
 
     def _copy(self, group: Group) -> None:
