@@ -34,24 +34,23 @@ class Effort:
 
     Attributes:
         ladder: scales tried for a block, as the level that its largest weight is put on, in units of the largest level.
-        reach: odd numbers looked at on either side of a block's own.
-        rounds: how often these and the super-scale are adjusted to each other.
+        trials: odd numbers that a block tries with real vectors, 1 to 3.
+        refine: whether the super-scale is then made the least-squares one.
     """
 
     ladder: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
-    reach: int = 1
-    rounds: int = 1
+    trials: int = 2
+    refine: bool = True
 
 
-_ONE = (0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 1.0)
 EFFORTS: dict[str, Effort] = {
-    "iq2xxs": Effort(),
-    "iq2xs": Effort(),
-    "iq2s": Effort(),
-    "iq3xxs": Effort(),
-    "iq3s": Effort(),
-    "iq1": Effort(_ONE),
-    "iq1m": Effort(_ONE),
+    "iq2xxs": Effort(trials=3),
+    "iq2xs": Effort(trials=3),
+    "iq2s": Effort((0.45, 0.58, 0.71, 0.84, 0.97, 1.1), trials=2, refine=False),
+    "iq3xxs": Effort(trials=3),
+    "iq3s": Effort((0.55, 0.7, 0.8, 0.9, 1.0, 1.1), trials=2, refine=False),
+    "iq1": Effort((0.25, 0.35, 0.45, 0.55, 0.7, 0.9), trials=1, refine=False),
+    "iq1m": Effort((0.3, 0.42, 0.56, 0.75), trials=1, refine=False),
 }
 
 
@@ -94,10 +93,10 @@ def _run(scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None) -> tu
     for part, x, h in row_pieces(scheme, w, importance):
         out = [array[part].view(-1).numpy() for array in (codes, scale_codes, shifts, tops)]
         quantize_vectors(
-            x.view(-1).numpy(), h.view(-1).numpy(), codebook, layout, ladder, effort.reach, effort.rounds, *out
+            x.view(-1).numpy(), h.view(-1).numpy(), codebook, layout, ladder, effort.trials, effort.refine, *out
         )
     counts = scheme.block_counts(tuple(w.shape))
-    if scheme.code_shift is None and codebook.variants > 1:
+    if scheme.code_shift is None and codebook.shifts.size > 1:
         codes |= shifts.int() << layout.index_bits
     shift = None if scheme.code_shift is None else QTensor(scheme.code_shift, counts, shifts.view(counts))
     top = tops.to(torch.float16).view(scheme.scale.block_counts(counts))
@@ -116,9 +115,7 @@ def _layout(scheme: Scheme) -> Layout:
 @functools.cache
 def _book(name: str) -> Book:
     table = vector_table("iq1" if name == "iq1m" else name)
-    levels = np.unique(table)
-    deltas = (IQ1_DELTA, -IQ1_DELTA) if name.startswith("iq1") else (0.0,)
-    return book(np.stack([levels + delta for delta in deltas]), np.stack([table + delta for delta in deltas]))
+    return book(table, (IQ1_DELTA, -IQ1_DELTA) if name.startswith("iq1") else (0.0,))
 
 
 @functools.cache

@@ -3,12 +3,12 @@
 Minimises the importance-weighted squared error of the weights as decoded:
 
 1.  Every block alone tries a ladder of scales with each magnitude on its own nearest level, which costs little and bounds the error well.
-2.  The super-scale d puts the largest scale on the highest odd number; every block tries the odd numbers around its own, with the
-    nearest vectors of the codebook (`vectors.py`); d becomes the least-squares one for these; again, as often as asked.
+2.  The super-scale d puts the largest scale on the highest odd number; every block tries its own odd number, the next best and the third, as
+    many as asked, with the nearest vectors of the codebook (`vectors.py`); d becomes the least-squares one for the best.
 3.  Codes nearest under the stored scales.
 
-IQ1's levels -1, 0, 1 lie 1/8 higher or lower by a bit for each block (IQ1_S) or code (IQ1_M): two variants of one codebook, of which each
-unit takes the better.
+IQ1's levels -1, 0, 1 lie 1/8 higher or lower by a bit for each block (IQ1_S) or code (IQ1_M); the bit is chosen as in step 1, at every scale
+anew.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit, prange
 
-from fewbit.math.kernels.kquants_tiles import F, round_f16
+from fewbit.math.kernels.kquants_tiles import F, inverse, round_f16
 from fewbit.math.kernels.vectors import load_codes, loose_errors, nearest_vectors
 
 
@@ -34,16 +34,19 @@ class Layout(NamedTuple):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _gather(error, layout, variants, variant, block_error):
-    """Errors of blocks from errors of codes [variants * 32], each shift unit taking its better variant."""
-    per_block, per_shift = layout.per_block, layout.per_shift
+def _loose(target, weight, codebook, layout, scale, loose, variant, block_error):
+    """Errors of blocks with every magnitude on its own nearest level, each shift unit taking the better variant."""
+    shifts, per_shift, per_block = codebook.shifts, layout.per_shift, layout.per_block
+    for v in range(shifts.size):
+        for tile in range(2):
+            loose_errors(target, weight, tile, scale, codebook.levels, shifts[v], loose, v * 32 + tile * 16)
     block_error[:] = F(0)
     for first in range(0, 32, per_shift):
         least, chosen = F(np.inf), 0
-        for v in range(variants):
+        for v in range(shifts.size):
             total = F(0)
             for code in range(v * 32 + first, v * 32 + first + per_shift):
-                total += error[code]
+                total += loose[code]
             if total < least:
                 least, chosen = total, v
         for code in range(first, first + per_shift):
@@ -52,10 +55,9 @@ def _gather(error, layout, variants, variant, block_error):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _start(target, weight, codebook, layout, ladder, scale, error, variant, block_error, ideal):
+def _start(target, weight, codebook, layout, ladder, scale, loose, variant, block_error, ideal):
     """Step 1: the scale of every block on its own, to `ideal`."""
-    blocks, per_block, variants, levels = ideal.size, layout.per_block, codebook.variants, codebook.levels
-    n = levels.size // variants
+    blocks, per_block = ideal.size, layout.per_block
     spread, best = np.zeros(blocks, np.float32), np.empty(blocks, np.float32)
     for code in range(32):
         at, block = code // 16 * 128 + code % 16, code // per_block
@@ -66,10 +68,7 @@ def _start(target, weight, codebook, layout, ladder, scale, error, variant, bloc
     for c in range(ladder.size):
         for code in range(32):
             scale[code] = ladder[c] * spread[code // per_block]
-        for v in range(variants):
-            for tile in range(2):
-                loose_errors(target, weight, tile, scale, levels, v * n, n, error, v * 32 + tile * 16)
-        _gather(error, layout, variants, variant, block_error)
+        _loose(target, weight, codebook, layout, scale, loose, variant, block_error)
         for block in range(blocks):
             if block_error[block] < best[block]:
                 best[block], ideal[block] = block_error[block], ladder[c] * spread[block]
@@ -77,49 +76,83 @@ def _start(target, weight, codebook, layout, ladder, scale, error, variant, bloc
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _evaluate(
-    target, weight, codebook, layout, d, centre, step, indexed, scale, forms, group, error, index, variant, block_error
+    target,
+    weight,
+    codebook,
+    layout,
+    d,
+    k,
+    indexed,
+    scale,
+    shift,
+    forms,
+    group,
+    loose,
+    error,
+    index,
+    variant,
+    block_error,
 ):
-    """Errors of all blocks with scale codes a step from their centres; with `indexed` also which vectors they take."""
-    per_block, top = layout.per_block, layout.top
+    """Errors of all blocks at scales d (2 k + 1), and with `indexed` which vectors they take."""
+    per_block, shifts = layout.per_block, codebook.shifts
     for code in range(32):
-        scale[code] = d * F(2 * min(max(centre[code // per_block] + step, 0), top) + 1)
-    for v in range(codebook.variants):
-        for tile in range(2):
-            nearest_vectors(target, weight, tile, scale, codebook, v, layout.parts, indexed, forms, group, error, index)
-    _gather(error, layout, codebook.variants, variant, block_error)
+        scale[code] = d * F(2 * k[code // per_block] + 1)
+    if shifts.size > 1:
+        _loose(target, weight, codebook, layout, scale, loose, variant, block_error)
+        for code in range(32):
+            shift[code] = shifts[variant[code]]
+    for tile in range(2):
+        nearest_vectors(target, weight, tile, scale, shift, codebook, layout.parts, indexed, forms, group, error, index)
+    block_error[:] = F(0)
+    for code in range(32):
+        block_error[code // per_block] += error[code]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _super_scale(target, weight, codebook, layout, centre, index, variant, d):
+def _super_scale(target, weight, codebook, layout, k, index, shift, d):
     """The least-squares d for the scale codes and vectors chosen."""
     table, parts = codebook.table, layout.parts
     width = 8 // parts
-    entries = table.size // width // codebook.variants
     above, below = F(0), F(0)
     for code in range(32):
         at, a, b = code // 16 * 128 + code % 16, F(0), F(0)
         for part in range(parts):
-            entry = index[(variant[code] * 32 + code // 16 * 16) * parts + part * 16 + code % 16]
-            row = (variant[code] * entries + entry) * width
+            row = index[code // 16 * 16 * parts + part * 16 + code % 16] * width
             for j in range(width):
-                hm = weight[at] * table[row + j]
+                m = table[row + j] + shift[code]
+                hm = weight[at] * m
                 a += hm * target[at]
-                b += hm * table[row + j]
+                b += hm * m
                 at += 16
-        odd = F(2 * centre[code // layout.per_block] + 1)
+        odd = F(2 * k[code // layout.per_block] + 1)
         above += odd * a
         below += odd * odd * b
     return round_f16(above / below) if above > F(0) and below > F(0) else d
 
 
+@njit(nogil=True, cache=True, error_model="numpy")
+def _write(sup, layout, d, k, signs, index, variant, codes, k_out, shift_out, d_out):
+    """Codes, scale codes, shift bits and super-scale of one super-block to where they belong."""
+    blocks, parts = k.size, layout.parts
+    d_out[sup] = d
+    for block in range(blocks):
+        k_out[sup * blocks + block] = np.uint8(k[block])
+    for code in range(32):
+        shift_out[(sup * 32 + code) // layout.per_shift] = np.uint8(variant[code])
+        word = signs[code]
+        for part in range(parts - 1, -1, -1):
+            word = word << layout.index_bits | index[code // 16 * 16 * parts + part * 16 + code % 16]
+        codes[sup * 32 + code] = np.int32(word)
+
+
 @njit(nogil=True, cache=True, parallel=True, error_model="numpy")
-def quantize_vectors(x, h, codebook, layout, ladder, reach, rounds, codes, k_out, shift_out, d_out):
+def quantize_vectors(x, h, codebook, layout, ladder, trials, refine, codes, k_out, shift_out, d_out):
     """Quantise super-blocks of 256 weights coded eight at a time.
 
     Args:
         x: float32 [n * 256]; h: float32 [period], importance repeating along x (period a multiple of 256).
         codebook, layout: the grid; ladder: scales tried, as fractions of a block's largest weight.
-        reach, rounds: how far around a block's odd number to look, and how often.
+        trials: odd numbers that a block tries with real vectors, 1 to 3; refine: whether d is then made the least-squares one.
         codes: out, int32 [n * 32]; k_out: out, uint8 [n * 32 / per_block]; shift_out: out, uint8 [n * 32 / per_shift];
         d_out: out, float32 [n], representable in float16.
     """
@@ -127,90 +160,49 @@ def quantize_vectors(x, h, codebook, layout, ladder, reach, rounds, codes, k_out
     for chunk in prange((supers + 7) // 8):
         target, weight, signs = np.empty(256, np.float32), np.empty(256, np.float32), np.zeros(32, np.int64)
         scale, group = np.empty(32, np.float32), np.empty(32, np.float32)
-        error, variant = np.empty(codebook.variants * 32, np.float32), np.zeros(32, np.int64)
-        index = np.zeros(codebook.variants * parts * 32, np.int64)
-        n = codebook.levels.size // codebook.variants
+        error, shift, variant = np.empty(32, np.float32), np.zeros(32, np.float32), np.zeros(32, np.int64)
+        loose, index = np.empty(codebook.shifts.size * 32, np.float32), np.zeros(parts * 32, np.int64)
+        n = codebook.levels.size
         forms = np.empty((2 * n ** (4 // parts) + 2 * n * n) * 16, np.float32)
         block_error, best, ideal = (
             np.empty(blocks, np.float32),
             np.empty(blocks, np.float32),
             np.empty(blocks, np.float32),
         )
-        centre, k = np.zeros(blocks, np.int64), np.zeros(blocks, np.int64)
+        centre, side, k, trial = (
+            np.zeros(blocks, np.int64),
+            np.zeros(blocks, np.int64),
+            np.zeros(blocks, np.int64),
+            np.zeros(blocks, np.int64),
+        )
         for sup in range(chunk * 8, min(supers, chunk * 8 + 8)):
             for tile in range(2):
                 load_codes(x, h, sup * 256 + tile * 128, 16, layout.sign_bits, tile, target, weight, signs)
-            _start(target, weight, codebook, layout, ladder, scale, error, variant, block_error, ideal)
+            _start(target, weight, codebook, layout, ladder, scale, loose, variant, block_error, ideal)
             d = round_f16(ideal.max() / F(2 * top + 1))
+            by = inverse(d)
             for block in range(blocks):
-                code = int(np.rint((ideal[block] / d - F(1)) / F(2))) if d > F(0) else 0
-                centre[block] = min(max(code, 0), top)
-            for _ in range(rounds):
-                best[:] = F(np.inf)
-                for step in range(-reach, reach + 1):
-                    _evaluate(
-                        target,
-                        weight,
-                        codebook,
-                        layout,
-                        d,
-                        centre,
-                        step,
-                        False,
-                        scale,
-                        forms,
-                        group,
-                        error,
-                        index,
-                        variant,
-                        block_error,
-                    )
-                    for block in range(blocks):
-                        if block_error[block] < best[block]:
-                            best[block], k[block] = block_error[block], min(max(centre[block] + step, 0), top)
-                centre[:] = k
+                exact = (ideal[block] * by - F(1)) * F(0.5)
+                centre[block] = min(max(int(np.rint(exact)), 0), top)
+                side[block] = 1 if exact > F(centre[block]) else -1
+            best[:] = F(np.inf)
+            k[:] = centre
+            for step in range(trials if trials > 1 else 0):
+                for block in range(blocks):
+                    away = side[block] if step == 1 else (-side[block] if step == 2 else 0)
+                    trial[block] = min(max(centre[block] + away, 0), top)
                 _evaluate(
-                    target,
-                    weight,
-                    codebook,
-                    layout,
-                    d,
-                    centre,
-                    0,
-                    True,
-                    scale,
-                    forms,
-                    group,
-                    error,
-                    index,
-                    variant,
-                    block_error,
-                )
-                d = _super_scale(target, weight, codebook, layout, centre, index, variant, d)
+                    target, weight, codebook, layout, d, trial, False, scale, shift, forms, group, loose, error, index, variant, block_error
+                )  # fmt: skip
+                for block in range(blocks):
+                    if block_error[block] < best[block]:
+                        best[block], k[block] = block_error[block], trial[block]
+            if refine:
+                _evaluate(
+                    target, weight, codebook, layout, d, k, True, scale, shift, forms, group, loose, error, index, variant, block_error
+                )  # fmt: skip
+                d = _super_scale(target, weight, codebook, layout, k, index, shift, d)
             _evaluate(
-                target,
-                weight,
-                codebook,
-                layout,
-                d,
-                centre,
-                0,
-                True,
-                scale,
-                forms,
-                group,
-                error,
-                index,
-                variant,
-                block_error,
-            )
-            d_out[sup] = d
-            for block in range(blocks):
-                k_out[sup * blocks + block] = np.uint8(centre[block])
-            for code in range(32):
-                v = variant[code]
-                shift_out[(sup * 32 + code) // layout.per_shift] = np.uint8(v)
-                word = signs[code]
-                for part in range(parts - 1, -1, -1):
-                    word = word << layout.index_bits | index[(v * 32 + code // 16 * 16) * parts + part * 16 + code % 16]
-                codes[sup * 32 + code] = np.int32(word)
+                target, weight, codebook, layout, d, k, True, scale, shift, forms, group, loose, error, index, variant, block_error
+            )  # fmt: skip
+            _write(sup, layout, d, k, signs, index, variant, codes, k_out, shift_out, d_out)
