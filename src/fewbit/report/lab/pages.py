@@ -99,13 +99,22 @@ def quantize_page(
     summary: dict[str, Any],
 ) -> Page:
     """Numbers quantised step by step, then compared."""
-    weights = [step for block in found.blocks for step in block.weights]
+    count = sum(len(block.weights) for block in found.blocks)
     note = f"; 16-bit scales are kept in float32 here, as with a pencil ({found.scheme})" if found.exact else ""
     sections = [_block_section(block, len(found.blocks)) for block in found.blocks[:16]]
     if len(found.blocks) > 16:
         sections.append(Section("More blocks", (f"{len(found.blocks) - 16} more blocks are in --json",)))
     if found.nested:
         sections.append(Section("The scales are stored in few bits too", found.nested, mono=True))
+    sections.append(_error_section(found, searched, stored))
+    if len(blocks) > 1:
+        sections.append(_granularity_section(blocks))
+    others = {"granularity": plain(blocks), "searched": plain(searched), "stored": plain(stored)}
+    lead = f"{found.bits:.4g} bits a weight for so few numbers{note}"
+    return Page(f"{count} numbers in {found.asked}", lead, tuple(sections), {**plain(found), **summary, **others})
+
+
+def _error_section(found: Quantized, searched: Quantized | None, stored: Quantized | None) -> Section:
     words = [
         f"largest error {found.max_error:.6f}, mean {found.mean_error:.6f}, root mean square {found.rms_error:.6f}"
     ]
@@ -115,52 +124,35 @@ def quantize_page(
         )
     if searched is not None:
         gain = 1 - searched.rms_error / found.rms_error if found.rms_error else 0.0
+        verdict = f", {gain:.0%} less" if gain > 0.005 else ", no better here"
         words.append(
-            f"with a searched scale, as `fewbit quantize` does it: root mean square {searched.rms_error:.6f}"
-            + (f", {gain:.0%} less" if gain > 0.005 else ", no better here")
+            f"with a searched scale, as `fewbit quantize` does it: root mean square {searched.rms_error:.6f}{verdict}"
         )
-    errors = [step.error for step in weights]
+    errors = [step.error for block in found.blocks for step in block.weights]
     half = max((block.scale for block in found.blocks), default=0.0) / 2
-    plots = [
-        Plot(
-            svg.error_bars(errors[:256], half, "errors"),
-            "error of each weight; the dashed lines are half a step of the coarsest block",
-        )
-    ]
+    caption = "error of each weight; the dashed lines are half a step of the coarsest block"
+    plots = [Plot(svg.error_bars(errors[:256], half, "errors"), caption)]
     if len(errors) >= 4:
-        plots.append(
-            Plot(
-                svg.histogram(errors, "error histogram", bins=min(24, max(6, len(errors)))),
-                "how often which error occurs",
-            )
+        bins = min(24, max(6, len(errors)))
+        plots.append(Plot(svg.histogram(errors, "error histogram", bins=bins), "how often which error occurs"))
+    return Section("Errors", tuple(words), plots=tuple(plots))
+
+
+def _granularity_section(blocks: Sequence[Granularity]) -> Section:
+    rows = tuple(
+        (
+            block.blocks,
+            ", ".join(f"{scale:.4g}" for scale in block.scales[:6]) + (" …" if len(block.scales) > 6 else ""),
+            f"{block.max_error:.6f}",
+            f"{block.mean_error:.6f}",
+            f"{block.rms_error:.6f}",
+            f"{block.bits:.3g}",
         )
-    sections.append(Section("Errors", tuple(words), plots=tuple(plots)))
-    if len(blocks) > 1:
-        rows = tuple(
-            (
-                b.blocks,
-                ", ".join(f"{s:.4g}" for s in b.scales[:6]) + (" …" if len(b.scales) > 6 else ""),
-                f"{b.max_error:.6f}",
-                f"{b.mean_error:.6f}",
-                f"{b.rms_error:.6f}",
-                f"{b.bits:.3g}",
-            )
-            for b in blocks
-        )
-        heads = columns("scale", "steps", "largest error>", "mean>", "root mean square>", "bits/weight>")
-        sections.append(
-            Section(
-                "One scale for all, or one a group",
-                ("Smaller groups follow the weights more closely and pay for it in scales.",),
-                (Table(heads, rows),),
-            )
-        )
-    return Page(
-        f"{len(weights)} numbers in {found.asked}",
-        f"{found.bits:.4g} bits a weight for so few numbers{note}",
-        tuple(sections),
-        {**plain(found), **summary, "granularity": plain(blocks), "searched": plain(searched), "stored": plain(stored)},
+        for block in blocks
     )
+    heads = columns("scale", "steps", "largest error>", "mean>", "root mean square>", "bits/weight>")
+    words = "Smaller groups follow the weights more closely and pay for it in scales."
+    return Section("One scale for all, or one a group", (words,), (Table(heads, rows),))
 
 
 def _block_section(block: Any, count: int) -> Section:
