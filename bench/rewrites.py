@@ -1,0 +1,116 @@
+"""What rewrites are for: KL against the float model on a sample with outlier channels, with and without each.
+
+    python bench/rewrites.py [--tokens 4096] [--work DIR] [--quick] > bench/results/rewrites.json
+
+Each row is one question; `claims` says which hold. The variant with outliers is the same function as the sample (`make_outlier_sample`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from make_outlier_sample import ROOT, make
+
+from fewbit import api
+from fewbit.eval.fidelity import evaluate
+
+W8, W8A8, W4A8 = "compressed-tensors:int8-channel", "compressed-tensors:int8-channel+int8-token", "compressed-tensors:int4-g128+int8-token"
+STATIC = "compressed-tensors:int8-tensor+int8-tensor-static"
+SMOOTH, AWQ, ROTATE = {"rewrites": ["smooth"]}, {"rewrites": ["awq"]}, {"rewrites": ["rotate"]}
+# name -> (target, recipe)
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "W8A16": (W8, {}),
+    "W8A16 smooth": (W8, SMOOTH),
+    "W8A8 token": (W8A8, {}),
+    "W8A8 token smooth": (W8A8, SMOOTH),
+    "W8A8 token rotate": (W8A8, ROTATE),
+    "W8A8 token int8-split": ("dense:int8-channel+int8-token", {"method": "int8-split"}),
+    "W8A8 static": (STATIC, {}),
+    "W8A8 static smooth": (STATIC, SMOOTH),
+    "W4A8": (W4A8, {}),
+    "W4A8 smooth awq": (W4A8, {"rewrites": ["smooth", "awq"]}),
+    "int4 g128": ("dense:int4-g128-asym", {}),
+    "int4 g128 awq": ("dense:int4-g128-asym", AWQ),
+    "int3 g128": ("dense:int3-g128-asym", {}),
+    "int3 g128 awq": ("dense:int3-g128-asym", AWQ),
+    "int4 channel": ("dense:int4-channel", {}),
+    "int4 channel rotate": ("dense:int4-channel", ROTATE),
+    "int4 channel awq": ("dense:int4-channel", AWQ),
+    "int4 channel rotate gptq": ("dense:int4-channel", {**ROTATE, "method": "gptq"}),
+}
+
+
+def run(base: Path, work: Path, names: list[str], tokens: int, samples: int) -> dict[str, Any]:
+    """KL and seconds of each run against the base; what failed says why."""
+    rows: dict[str, Any] = {}
+    made: list[tuple[str, Path]] = []
+    for name in names:
+        target, words = RUNS[name]
+        started = time.perf_counter()
+        out = work / name.replace(" ", "-")
+        try:
+            result = api.quantize(base, to=target, out=out, overwrite=True, verify=False, calib_samples=samples, calib_length=256, **words)
+        except Exception as error:  # one row that fails must not hide the others
+            rows[name] = {"error": f"{type(error).__name__}: {error}"[:400]}
+            continue
+        made.append((name, result.outputs[0]))
+        rows[name] = {"target": target, **words, "seconds": time.perf_counter() - started, "warnings": list(result.warnings)}
+        print(name, f"{rows[name]['seconds']:.1f} s", file=sys.stderr, flush=True)
+    for (name, _), score in zip(made, evaluate([path for _, path in made], base, tokens=tokens), strict=True):
+        value, error = score.measures["kl"]
+        rows[name] |= {"kl": value, "kl_error": error, "tokens": score.tokens}
+    return rows
+
+
+def claims(rows: dict[str, Any]) -> dict[str, Any]:
+    """Ratios of KLs that the issue asks for; None where a run is missing."""
+
+    def ratio(a: str, b: str) -> float | None:
+        top, bottom = rows.get(a, {}).get("kl"), rows.get(b, {}).get("kl")
+        return top / bottom if top is not None and bottom else None
+
+    return {
+        "plain W8A8 over W8A16": ratio("W8A8 token", "W8A16"),
+        "smoothed W8A8 over W8A16 (at most 2)": ratio("W8A8 token smooth", "W8A16"),
+        "smoothed W8A8 over smoothed W8A16 (at most 2)": ratio("W8A8 token smooth", "W8A16 smooth"),
+        "rotated W8A8 over W8A16": ratio("W8A8 token rotate", "W8A16"),
+        "LLM.int8() over plain W8A8": ratio("W8A8 token int8-split", "W8A8 token"),
+        "static smoothed over static plain": ratio("W8A8 static smooth", "W8A8 static"),
+        "int4 g128, AWQ over plain": ratio("int4 g128 awq", "int4 g128"),
+        "int3 g128, AWQ over plain": ratio("int3 g128 awq", "int3 g128"),
+        "int4 channel, rotated over plain": ratio("int4 channel rotate", "int4 channel"),
+        "int4 channel, AWQ over plain": ratio("int4 channel awq", "int4 channel"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=ROOT / "samples" / "sample")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--samples", type=int, default=16, help="calibration sequences of 256 tokens")
+    parser.add_argument("--work", type=Path, help="folder for what is made; a temporary one that goes by default")
+    parser.add_argument("--only", nargs="*", choices=list(RUNS), default=list(RUNS))
+    words = parser.parse_args()
+    torch.set_num_threads(1)
+    work = words.work or Path(tempfile.mkdtemp(prefix="fewbit-rewrites-"))
+    try:
+        outlier = work / "outlier"
+        channels = make(words.model, outlier)
+        rows = run(outlier, work, words.only, words.tokens, words.samples)
+        record = {"model": str(words.model), "outlier_channels": channels, "runs": rows, "claims": claims(rows)}
+        print(json.dumps(record, indent=1, default=str))
+    finally:
+        if words.work is None:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
