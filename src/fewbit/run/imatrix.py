@@ -277,7 +277,5 @@ def imatrix_from_stats(
 
 def _sums(stats: Stats | None) -> np.ndarray | None:
     """float64 [columns]: sums of squared inputs."""
-    if stats is None or stats.importance is None:
-        return None
-    total = stats.sumsq if stats.sumsq is not None else stats.gram.diagonal()
-    return total.double().cpu().numpy()
+    importance = stats.importance if stats is not None else None
+    return None if stats is None or importance is None else importance.double().cpu().numpy() * stats.count

@@ -93,7 +93,7 @@ class GgufSource:
         from fewbit.store.tensors import from_buffer
 
         buffer = np.empty(nbytes, np.uint8)
-        self._files[info.file].read_into(memoryview(buffer), offset, info.name)
+        self._files[info.file].read_into(buffer.data, offset, info.name)
         if not info.dtype.startswith("GGML:"):
             return from_buffer(buffer, info.dtype, shape)
         rows = info.numel // info.shape[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from fewbit.base.errors import InputError
@@ -71,7 +71,7 @@ def check_metadata(metadata: Metadata, tensors: Mapping[str, TensorInfo], file: 
     _check_vocabulary(metadata, tensors, fail)
 
 
-def _check_vocabulary(metadata: Metadata, tensors: Mapping[str, TensorInfo], fail: object) -> None:
+def _check_vocabulary(metadata: Metadata, tensors: Mapping[str, TensorInfo], fail: Callable[..., NoReturn]) -> None:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if tokens is None:
         return

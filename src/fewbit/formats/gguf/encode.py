@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -16,9 +17,11 @@ from fewbit.base.errors import InputError
 from fewbit.formats.gguf import ops
 from fewbit.formats.gguf.codecs import from_blocks, to_blocks
 from fewbit.formats.gguf.plan import PlannedTensor
+from fewbit.formats.gguf.targets import Target
 from fewbit.formats.gguf.types import FLOATS
 from fewbit.num.qtensor import QTensor
 
+Made = TypeVar("Made", Target, PlannedTensor)
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -57,7 +60,11 @@ def tensor_bytes(tensor: PlannedTensor, value: torch.Tensor | QTensor) -> torch.
     stored = values.to(_DTYPES[tensor.type]).contiguous()
     if not bool(torch.isfinite(stored).all()):
         source = bool(torch.isfinite(values).all())
-        what = f"its largest value, {float(values.abs().max()):.6g}, does not fit into F16" if source else "it holds NaN or infinity"
+        what = (
+            f"its largest value, {float(values.abs().max()):.6g}, does not fit into F16"
+            if source
+            else "it holds NaN or infinity"
+        )
         raise InputError("FB-E0314", what, tensor=tensor.name, remedy="store it as BF16 or F32" if source else None)
     return stored.view(torch.uint8)
 
@@ -73,13 +80,15 @@ def decoded(type_name: str, data: torch.Tensor, shape: tuple[int, ...], name: st
     """
     values = data.float() if data.dtype.is_floating_point else from_blocks(type_name, data, shape).dequantize()
     if not bool(torch.isfinite(values).all()):
-        raise InputError("FB-E0314", f"{int((~torch.isfinite(values)).sum()):,} of its values are NaN or infinite", tensor=name)
+        raise InputError(
+            "FB-E0314", f"{int((~torch.isfinite(values)).sum()):,} of its values are NaN or infinite", tensor=name
+        )
     return values.reshape(shape)
 
 
-def users(tensors: Sequence[PlannedTensor]) -> dict[str, tuple[tuple[PlannedTensor, int], ...]]:
-    """Source name -> the planned tensors that read it, each with its place among their reads."""
-    found: dict[str, list[tuple[PlannedTensor, int]]] = {}
+def users(tensors: Sequence[Made]) -> dict[str, tuple[tuple[Made, int], ...]]:
+    """Source name -> the targets or planned tensors that read it, each with its place among their reads."""
+    found: dict[str, list[tuple[Made, int]]] = {}
     for tensor in tensors:
         for index, name in enumerate(tensor.reads):
             found.setdefault(name, []).append((tensor, index))
@@ -87,7 +96,7 @@ def users(tensors: Sequence[PlannedTensor]) -> dict[str, tuple[tuple[PlannedTens
 
 
 def checkpoint_tensor(
-    name: str, readers: Mapping[str, tuple[tuple[PlannedTensor, int], ...]], read: Callable[[str], torch.Tensor]
+    name: str, readers: Mapping[str, tuple[tuple[Made, int], ...]], read: Callable[[str], torch.Tensor]
 ) -> torch.Tensor:
     """A tensor of the original checkpoint, from the GGUF tensors that were made of it.
 

@@ -97,7 +97,9 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
         case ast.Tuple() | ast.List():
             return [_value(item, names) for item in node.elts]
         case ast.Dict():
-            return {_value(key, names): _value(item, names) for key, item in zip(node.keys, node.values, strict=True)}
+            return {
+                _value(key, names): _value(item, names) for key, item in zip(node.keys, node.values, strict=True) if key
+            }
         case ast.Subscript():
             return _value(node.value, names)[_value(node.slice, names)]
         case ast.ListComp(generators=[ast.comprehension(target=ast.Name(id=name), iter=source, ifs=[])]):

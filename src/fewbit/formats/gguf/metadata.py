@@ -65,7 +65,7 @@ class Strings(Sequence):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and not isinstance(other, str) and list(self) == list(other)
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"Strings({len(self)})"
@@ -97,7 +97,7 @@ class Value:
             return np.array_equal(self.data, other.data)
         return self.data == other.data if not self.is_array else list(self.data) == list(other.data)
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
 
 Metadata = dict[str, Value]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,7 +36,7 @@ def _along(tensor: torch.Tensor, axis: int, part: slice) -> torch.Tensor:
 
 def apply(ops: Sequence[str], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The target tensor made of what was read; a view where possible."""
-    value = tensors[0] if len(tensors) == 1 and "stack" not in ops else None
+    value = tensors[0]
     for op in ops:
         word, numbers = parse(op)
         if word == "stack":
@@ -61,7 +62,7 @@ def apply_quantised(ops: Sequence[str], tensors: Sequence[QTensor]) -> QTensor:
     Raises:
         InputError: FB-E0603 for an op that would cut through rows or change values.
     """
-    value = tensors[0] if len(tensors) == 1 and "stack" not in ops else None
+    value = tensors[0]
     for op in ops:
         word, numbers = parse(op)
         if word == "stack":
@@ -78,22 +79,18 @@ def apply_quantised(ops: Sequence[str], tensors: Sequence[QTensor]) -> QTensor:
             else:
                 value = _batch(value, axis + len(value.shape), part)
         else:
-            raise InputError(
-                "FB-E0603", f"{op} cannot be done to a quantised tensor of shape {list(value.shape if value else ())}"
-            )
+            raise InputError("FB-E0603", f"{op} cannot be done to a quantised tensor of shape {list(value.shape)}")
     return value
 
 
-Stored = QTensor | torch.Tensor
+S = TypeVar("S", QTensor, torch.Tensor)
 
 
-def _each_part(
-    q: QTensor, codes: torch.Tensor, shape: tuple[int, ...], change: Callable[[str, Stored], Stored]
-) -> QTensor:
+def _each_part(q: QTensor, codes: torch.Tensor, shape: tuple[int, ...], change: Callable[[str, Any], Any]) -> QTensor:
     """A QTensor with other codes, and its scale and shifts changed alike."""
     if q.sides:
         raise InputError("FB-E0603", f"a tensor with {', '.join(q.sides)} cannot be cut or stacked")
-    parts = {}
+    parts: dict[str, Any] = {}
     for name in ("scale", "code_shift", "value_shift"):
         part, scheme = getattr(q, name), getattr(q.scheme, name)
         if part is None:
@@ -108,7 +105,7 @@ def _each_part(
     return replace(q, shape=shape, codes=codes, **parts)
 
 
-def _rows(q: Stored, order: torch.Tensor) -> Stored:
+def _rows(q: S, order: torch.Tensor) -> S:
     """Rows in another order, or some of them: [..., rows, n] -> [..., len(order), n]."""
     if not isinstance(q, QTensor):
         return q.index_select(-2, order.to(q.device))
@@ -116,7 +113,7 @@ def _rows(q: Stored, order: torch.Tensor) -> Stored:
     return _each_part(q, q.codes.index_select(-2, order.to(q.codes.device)), shape, lambda _, part: _rows(part, order))
 
 
-def _batch(q: Stored, axis: int, part: slice) -> Stored:
+def _batch(q: S, axis: int, part: slice) -> S:
     """Some entries of a leading dimension."""
     if not isinstance(q, QTensor):
         return _along(q, axis, part)
@@ -124,7 +121,7 @@ def _batch(q: Stored, axis: int, part: slice) -> Stored:
     return _each_part(q, _along(q.codes, axis, part), shape, lambda _, inner: _batch(inner, axis, part))
 
 
-def _reshaped(q: Stored, shape: tuple[int, ...]) -> Stored:
+def _reshaped(q: S, shape: tuple[int, ...]) -> S:
     """Other leading dimensions for the same rows."""
     if not isinstance(q, QTensor):
         return q.reshape(*shape[:-1], q.shape[-1])
@@ -132,9 +129,9 @@ def _reshaped(q: Stored, shape: tuple[int, ...]) -> Stored:
     return _each_part(q, codes, (*shape[:-1], q.shape[-1]), lambda _, part: _reshaped(part, shape))
 
 
-def stack_quantised(parts: list[QTensor] | list[torch.Tensor]) -> Stored:
+def stack_quantised(parts: list[S]) -> S:
     """Equal tensors under a new leading dimension."""
-    first = parts[0]
+    first: Any = parts[0]
     if not isinstance(first, QTensor):
         return torch.stack(parts)
     if any(part.scheme != first.scheme or part.shape != first.shape for part in parts):

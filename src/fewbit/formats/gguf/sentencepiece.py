@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from fewbit.base.errors import InputError
 
@@ -46,7 +47,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             raise ValueError("a number of more than 64 bits")
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(data: Any) -> Iterator[tuple[int, Any]]:
     """(field number, value) of a message: ints for varints, bytes for everything else."""
     at = 0
     while at < len(data):
@@ -74,7 +75,8 @@ def parse_model(data: bytes) -> SentencePieceModel:
     Raises:
         InputError: FB-E0321 when it is not one.
     """
-    pieces, model_type, prefix = [], UNIGRAM, True
+    pieces: list[tuple[bytes, float, int]] = []
+    model_type, prefix = UNIGRAM, True
     try:
         for number, value in _fields(data):
             if number == 1:

@@ -14,6 +14,7 @@ range:AXIS:START:STOP and every:AXIS:START:STEP.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from fewbit.base.errors import InputError
 
@@ -26,7 +27,7 @@ def parse(op: str) -> tuple[str, tuple[float, ...]]:
     return word, tuple(float(n) if word == "add" else int(n) for n in numbers)
 
 
-def resolved(op: str, shape: Shape, compute: Callable[[str], object]) -> str:
+def resolved(op: str, shape: Shape, compute: Callable[[str], Any]) -> str:
     """An op of a table with its numbers filled in for a source of this shape; `compute` evaluates expressions."""
     word, *texts = op.strip().split(":")
     numbers = [compute(text) for text in texts]

@@ -123,8 +123,7 @@ class _Expansion:
 
     def reads(self, source: str) -> tuple[str, ...]:
         if "{e}" not in source:
-            held = next((name for name in (source, f"language_model.{source}") if name in self.sources), None)
-            return (held,) if held else ()
+            return next(((name,) for name in (source, f"language_model.{source}") if name in self.sources), ())
         names = [source.replace("{e}", str(expert)) for expert in range(self.experts or 0)]
         held = [name for name in names if name in self.sources]
         if held and len(held) < len(names):
@@ -139,7 +138,8 @@ class _Expansion:
 
     def leftovers(self) -> tuple[list[str], list[str]]:
         """(sources that nothing takes, a sentence for each note that applies)."""
-        unknown, notes = [], {}
+        unknown: list[str] = []
+        notes: dict[str, None] = {}
         tied = self.names.get("tie_word_embeddings") and "output.weight?" in self.family.tensors
         for name in self.sources:
             if name in self.used or any(matches(pattern, name) for pattern in self.family.drop):
