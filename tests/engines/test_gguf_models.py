@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,26 @@ def test_split_files_load(tmp_path: Path) -> None:
 def test_sample_plan_needs_no_guess() -> None:
     plan = plan_of(SAMPLE, "Q4_K_M")
     assert plan.metadata["tokenizer.ggml.pre"].data == "gpt-2" and not plan.notes
+
+
+def test_bert_loads_and_its_wordpieces_are_identical(tmp_path: Path) -> None:
+    require_env("llamacpp")
+    import transformers
+    from tokenizers import BertWordPieceTokenizer
+
+    folder = tmp_path / "model"
+    config = transformers.BertConfig(
+        vocab_size=1000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, max_position_embeddings=128
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder)
+    tokenizer = BertWordPieceTokenizer(lowercase=True)
+    tokenizer.train([str(path) for path in sorted(Path(__file__).parent.glob("*.py"))], vocab_size=900, min_frequency=1, show_progress=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    words = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", **words}))
+    plan, file = write_gguf(folder, tmp_path / "out", "F16")
+    assert plan.architecture == "bert" and plan.metadata["bert.attention.causal"].data is False
+    texts = ["Hello, World 123!", "naïve café: don't-stop", "def f(x): return x_1", "日本語 text"]
+    result = run_driver("llamacpp", "llamacpp", {"model": file, "texts": texts})
+    assert result["vocab"] == 1000
+    assert result["tokens"] == [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
