@@ -173,8 +173,13 @@ def _verify(place: Path, source: Source, base: Source | None, limit: int) -> Ver
     written = _own_manifest(place)
     _check_skipped(source, found)
     _check_manifest(source, written, found)
-    comparable = _comparable(source, base, written, notes)
+    held = source.format.container if source.format else "safetensors"
     compared: list[Compared] = []
+    comparable = None
+    if held == "gguf" and base is not None:
+        compared += _compare_gguf(source, base, notes, found)
+    else:
+        comparable = _comparable(source, base, written, notes)
     dequantised = written.get("schemes") or {} if source.format is None else {}
     for name in _plain_names(source):
         tensor = source.checkpoint.read(name)
@@ -228,7 +233,7 @@ def _plain_names(source: Source) -> Iterator[str]:
 
 def _own_manifest(place: Path) -> dict[str, Any]:
     """What fewbit recorded at writing, or nothing."""
-    file = place / MANIFEST_NAME
+    file = (place if place.is_dir() else place.parent) / MANIFEST_NAME
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError):
@@ -246,7 +251,7 @@ def _check_manifest(source: Source, written: dict[str, Any], found: _Findings) -
         elif str(stored.scheme) != spelling:
             found.add("manifest", name, f"was written as {spelling}, the config says {stored.scheme}")
     for name, facts in (written.get("files") or {}).items():
-        file = source.root / name
+        file = (source.root if source.root.is_dir() else source.root.parent) / name
         if not file.is_file() or file.stat().st_size != facts.get("bytes"):
             found.add("manifest", "", f"{name} is not the {facts.get('bytes')} bytes that were written")
 
@@ -376,6 +381,31 @@ def _comparable(source: Source, base: Source | None, written: dict[str, Any], no
         notes.append(f"only {shared} of {len(source.manifest)} names are the base's: values were not compared")
         return None
     return base
+
+
+def _compare_gguf(source: Source, base: Source, notes: list[str], found: _Findings) -> list[Compared]:
+    """The weights of a GGUF file, brought back under their checkpoint's names and layouts, against the base."""
+    from fewbit.run.gguf_source import GgufAsCheckpoint
+
+    try:
+        logical = GgufAsCheckpoint(source)
+    except FewbitError as error:
+        notes.append(f"values were not compared: {error.message}")
+        return []
+    compared = []
+    for name, info in base.manifest.items():
+        if name not in logical.manifest:
+            if not name.endswith(("rotary_emb.inv_freq", "attn.bias", "masked_bias")):
+                found.add("source", name, "is in the base and not here")
+            continue
+        block = logical.made_of(name)
+        if block in source.stored and len(info.shape) > 1:
+            compared.append(
+                _compare(name, source.stored[block].scheme, logical.read(name).float(), base.read(name), found)
+            )
+        else:
+            _compare_kept(name, logical.read(name), base.read(name), found)
+    return compared
 
 
 def _check_names(source: Source, base: Source, found: _Findings) -> None:

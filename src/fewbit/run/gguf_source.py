@@ -44,6 +44,10 @@ class GgufAsCheckpoint(Source):
         info = self.checkpoint.manifest[name]
         return decoded(info.dtype.removeprefix("GGML:"), self.checkpoint.read(name), info.shape, name)
 
+    def made_of(self, name: str) -> str:
+        """The GGUF tensor that a tensor of the checkpoint lies in (the first, where there are several)."""
+        return self._readers[name][0][0].name
+
     def qtensor(self, name: str) -> QTensor | None:
         return None
 

@@ -254,3 +254,37 @@ def test_another_base(base: Path, tmp_path: Path) -> None:
     write(tmp_path / "other", other, CONFIG)
     found = verify(write(tmp_path / "out", *quantised("gptq", "int4-g32")), tmp_path / "other")
     assert {f.kind for f in found.findings} == {"source"}
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(the sample as Q4_K_M, the sample)."""
+    from fewbit import api
+
+    sample = Path(__file__).parents[3] / "samples" / "sample"
+    out = tmp_path_factory.mktemp("gguf") / "out"
+    api.quantize(sample, to=["gguf:Q4_K_M"], out=out, verify=False)
+    (file,) = out.rglob("*.gguf")
+    return file, sample
+
+
+def test_gguf_is_held_against_its_source(gguf: tuple[Path, Path]) -> None:
+    found = verify(*gguf)
+    assert found.ok and found.format == "gguf" and len(found.compared) == found.weights == 57, found.summary
+    assert all(one.sqnr_db > one.expected_db - 1 for one in found.compared)
+
+
+def test_damaged_gguf_blocks(gguf: tuple[Path, Path], tmp_path: Path) -> None:
+    from fewbit.run.source import open_source
+
+    file, sample = gguf
+    with open_source(file) as source:
+        name = "blk.3.ffn_up.weight"
+        offset = source.checkpoint.manifest[name].offset
+    data = bytearray(file.read_bytes())
+    data[offset : offset + 2] = b"\x00\x7e"  # the first super-block's scale: a NaN
+    (tmp_path / "nan.gguf").write_bytes(data)
+    assert [(f.kind, f.tensor) for f in verify(tmp_path / "nan.gguf").findings] == [("finite", name)]
+    data[offset : offset + 2] = b"\x00\x4c"  # sixteen: finite, and far from what it was
+    (tmp_path / "wrong.gguf").write_bytes(data)
+    assert [f.kind for f in verify(tmp_path / "wrong.gguf", sample).findings] == ["source"]
