@@ -35,7 +35,7 @@ def after(layer, block, start, wanted):
         miss = (out - outs[k]).flatten(0, 1)
         return ((miss @ metric) * miss).sum()
     t = time.time()
-    found = learn(loss, len(ins), {n: held[f"{layer}.{n}"][0] for n in names}, {n: held[f"{layer}.{n}"][1] for n in names}, schedule=Schedule(rounds=3), report=say)
+    found = learn(loss, len(ins), {n: held[f"{layer}.{n}"][0] for n in names}, {n: held[f"{layer}.{n}"][1] for n in names}, schedule=Schedule(rounds=3, caution=9.0), report=say)
     spent[1] += time.time() - t
     for n in names: held[f"{layer}.{n}"] = (found[n].q, held[f"{layer}.{n}"][1])
     return {n: found[n].q.dequantize() for n in names}

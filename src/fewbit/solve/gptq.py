@@ -315,7 +315,7 @@ SOLVER = Solver(
         "steps": Search.steps,
         "refit": True,
         "trial": True,
-        "sweeps": 4,
+        "sweeps": 2,
         "tune": True,
         "drift": True,
         "loss_weighting": True,
