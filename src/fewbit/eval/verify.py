@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -26,8 +25,8 @@ from typing import Any
 import torch
 
 from fewbit.base.errors import FewbitError, QualityError
-from fewbit.base.names import natural_key, stem
 from fewbit.base.record import plain
+from fewbit.eval.completeness import skipped
 from fewbit.math.metrics import sqnr_db
 from fewbit.math.scales import Search, quantize
 from fewbit.num.qtensor import QTensor, values_of
@@ -290,79 +289,8 @@ def _check_codes(name: str, q: QTensor, values: torch.Tensor, found: _Findings) 
 
 
 def _check_skipped(source: Source, found: _Findings) -> None:
-    """Weights of a kind that is quantised elsewhere must be quantised, or be left out by the config by name."""
-    quantised, everything = defaultdict(set), defaultdict(set)
-    for name in source.manifest:
-        everything[_kind(name)].add(name)
-        if name in source.stored:
-            quantised[_kind(name)].add(name)
-    left_out = list(_names_left_out(source.checkpoint.config))
-    for kind, names in quantised.items():
-        for name in sorted(everything[kind] - names, key=natural_key):
-            if not any(_mentions(pattern, stem(name)) for pattern in left_out):
-                found.add(
-                    "skipped",
-                    name,
-                    f"is not quantised, {len(names)} weights of its kind are and the config does not leave it out",
-                )
-    for kind, names in everything.items():
-        for name in _gaps(kind, names):
-            found.add("skipped", name, f"is missing, {len(names)} tensors of its kind are stored")
-
-
-def _kind(name: str) -> str:
-    return re.sub(r"\d+", "#", name)
-
-
-def _gaps(kind: str, names: set[str]) -> list[str]:
-    """Names that a run of numbers lacks: experts 0, 1 and 3 of a layer, where every layer has four."""
-    count = kind.count("#")
-    numbers = [tuple(int(number) for number in re.findall(r"\d+", name)) for name in names]
-    if count == 0 or len(numbers) < 2:
-        return []
-    missing = []
-    if count == 1:
-        present = {number[0] for number in numbers}
-        missing = [(index,) for index in range(min(present), max(present)) if index not in present]
-        missing = missing if len(missing) * 4 <= len(present) else []  # kinds that only some layers have are no gaps
-    elif count == 2:
-        inner = {number[1] for number in numbers}
-        for outer in sorted({number[0] for number in numbers}):
-            missing += [(outer, index) for index in sorted(inner) if (outer, index) not in set(numbers)]
-        missing = missing if len(missing) * 4 <= len(numbers) else []
-    pieces = kind.split("#")
-    return ["".join(piece + str(n) for piece, n in zip(pieces, number)) + pieces[-1] for number in missing]
-
-
-def _names_left_out(config: dict[str, Any]) -> Iterator[str]:
-    """Every string of the quantisation settings that could name a module left in floating point."""
-    settings = config.get("quantization_config") or config.get("quantization") or {}
-    for key in (
-        "ignore",
-        "modules_to_not_convert",
-        "ignored_layers",
-        "exclude_modules",
-        "llm_int8_skip_modules",
-        "skip_modules",
-    ):
-        yield from settings.get(key) or ()
-    for key, value in settings.items():
-        if value is False:
-            yield key
-    for pattern in settings.get("dynamic") or {}:
-        if pattern.startswith("-:"):
-            yield f"re:{pattern[2:]}"
-    for name, words in (settings.get("extra_config") or {}).items():
-        if isinstance(words, dict) and words.get("bits") == 16:
-            yield name
-
-
-def _mentions(pattern: str, module: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
-    if "*" in pattern:
-        return re.fullmatch(".*".join(re.escape(piece) for piece in pattern.split("*")), module) is not None
-    return pattern == module or module.startswith(f"{pattern}.") or module.endswith(f".{pattern}")
+    for name, message in skipped(source.manifest, source.stored, source.checkpoint.config):
+        found.add("skipped", name, message)
 
 
 def _comparable(source: Source, base: Source | None, written: dict[str, Any], notes: list[str]) -> Source | None:
