@@ -103,7 +103,7 @@ def join(scheme: Scheme, pieces: list[Params], shape: tuple[int, ...]) -> Params
     out: dict[str, torch.Tensor | QTensor] = {}
     for name, part in scheme.parts():
         stored = [getattr(piece, name) for piece in pieces]
-        out[name] = _join(part, stored, counts) if not part.is_leaf else torch.cat(stored, dim=-1)
+        out[name] = _join(part, stored, counts) if isinstance(stored[0], QTensor) else torch.cat(stored, dim=-1)
     return Params(**out)
 
 
@@ -138,7 +138,7 @@ def _alternatives(
     scheme: Scheme, name: str, params: Params, shape: tuple[int, ...], factors: tuple[float, ...]
 ) -> list[torch.Tensor | QTensor]:
     part, stored = getattr(scheme, name), getattr(params, name)
-    if not part.is_leaf:
+    if isinstance(stored, QTensor):
         return [step_codes(stored, by) for by in (0, -1, 1)]
     if part.grid.dim != 1 or part.blocks != EACH:
         return [stored]

@@ -44,6 +44,16 @@ def test_less_output_error_than_rounding_in_every_scheme(text: str) -> None:
     assert output_error(w, found.q.dequantize(), stats.gram) < 0.8 * output_error(w, rounded.dequantize(), stats.gram)
 
 
+@pytest.mark.parametrize("text", ["iq3_s", "iq2_xs", "iq2_xxs", "iq1_s", "iq1_m"])
+def test_vector_grids_take_feedback_too(text: str) -> None:
+    scheme = parse_scheme(text)
+    w, stats, *_ = make(rows=4, cols=512)
+    found = SOLVER(w, stats, scheme)
+    found.q.check()
+    rounded = quantize(scheme, w, stats.importance)
+    assert output_error(w, found.q.dequantize(), stats.gram) < 0.85 * output_error(w, rounded.dequantize(), stats.gram)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"sweeps": 0}, {"trial": False, "sweeps": 0}, {"refit": False, "trial": False, "sweeps": 0}, {"order": "importance"},
