@@ -35,6 +35,10 @@ def command(
         str, typer.Option(help="auto, off, or a folder: keep the base's distributions for the next time")
     ] = "auto",
     noise: Annotated[bool, typer.Option(help="compare the base with itself in bfloat16 too")] = True,
+    generate: Annotated[int, typer.Option(min=0, help="continue 16 prompts greedily by so many tokens and compare")] = 0,
+    tasks: Annotated[str, typer.Option(help="tasks of lm_eval, or their YAML files, separated by commas")] = "",
+    task_limit: Annotated[int | None, typer.Option(min=1, help="questions per task at most")] = None,
+    embed: Annotated[bool, typer.Option("--embed", help="compare embeddings and the order in which they rank passages")] = False,
     engine: Annotated[str | None, typer.Option(help="also run the candidates in llama.cpp, vllm or transformers itself")] = None,
     engine_python: Annotated[str | None, typer.Option(help="interpreter that has the engine")] = None,
     look: Annotated[int | None, typer.Option(min=0, help="candidates to look at layer by layer [default: 1 with --report, else 0]")] = None,
@@ -49,12 +53,14 @@ def command(
     from fewbit.base.errors import QualityError
     from fewbit.eval.cache import default_folder
     from fewbit.eval.engines.engine import find_engine
+    from fewbit.eval.extras import Wishes
     from fewbit.eval.fidelity import Options, study
     from fewbit.plan.recipe import parse_size
     from fewbit.report.scores import study_page
 
     folder = {"auto": default_folder(), "off": None}.get(cache, Path(cache))
-    options = Options(text, tokens, length, skip, chat, device, parse_size(ram) if ram else None, folder, noise, look if look is not None else int(report is not None))
+    wishes = Wishes(generate, tuple(task for task in tasks.split(",") if task), task_limit, embed)
+    options = Options(text, tokens, length, skip, chat, device, parse_size(ram) if ram else None, folder, noise, look if look is not None else int(report is not None), wishes)
     real = find_engine(engine, engine_python, device) if engine else None
     made = study(candidates, base, options, lambda line: print(line, file=sys.stderr), real)
     record = made.record()

@@ -20,6 +20,7 @@ import torch
 
 from fewbit.base.errors import InputError
 from fewbit.eval.cache import BaseCache, build, cache_key
+from fewbit.eval.extras import Extras, Wishes
 from fewbit.eval.gguf_view import GgufView, open_candidate
 from fewbit.eval.look import look
 from fewbit.eval.measures import PerToken, Rounding, Score, compare, summarise
@@ -47,6 +48,7 @@ class Options:
         cache: folder of base caches, or None to compute the base exactly and keep nothing.
         noise: also compare the base with itself computed in bfloat16 and one window at a time, on some of the tokens.
         look: how many of the candidates to look at layer by layer.
+        wishes: continuations, tasks, embeddings; see `extras`.
     """
 
     text: str = "default"
@@ -59,6 +61,7 @@ class Options:
     cache: Path | None = None
     noise: bool = False
     look: int = 0
+    wishes: Wishes = field(default_factory=Wishes)
 
 
 @dataclass
@@ -233,8 +236,10 @@ def study(
         predicted = peak_bytes(source, reference.runner, reference.windows.tokens, len(opened))
         reference.run()
         passes = reference.runner.passes
+        extras = Extras(options.wishes, reference.runner, reference.windows, lambda: Tokens(source.root), tell)
         for path, candidate in zip(candidates, opened, strict=True):
-            passes += _score(made, reference, str(path), candidate, engine, tell)
+            passes += _score(made, reference, str(path), candidate, engine, extras, tell)
+        made.extras |= extras.tables()
         if options.noise:
             made.noise = noise_floor(source, reference, options, tell)
         cached = reference.cached
@@ -261,7 +266,7 @@ def _blocks(say: Say) -> Callable[[int, int], None]:
     )
 
 
-def _score(into: Study, reference: Reference, path: str, source: Source | GgufView, engine: Any, say: Say) -> int:
+def _score(into: Study, reference: Reference, path: str, source: Source | GgufView, engine: Any, extras: Extras, say: Say) -> int:
     """Adds a candidate's score, and its engine's; returns the passes it took."""
     say(f"candidate {path}")
     runner = Runner(source, device=reference.options.device, room=reference.room)  # type: ignore[arg-type]
@@ -285,12 +290,14 @@ def _score(into: Study, reference: Reference, path: str, source: Source | GgufVi
         seen = look(reference.runner, runner, into.windows, found[0], Tokens(reference.source.root), say)
         for part, data in seen.items():
             into.extras.setdefault(part, {})[path] = data
+    passes = runner.passes
+    extras.add(path, runner)
     for measures, way in zip(found, ("reference", getattr(engine, "name", "")), strict=False):
         into.scores.append(summarise(path, measures, path=way, **sizes))
         into.per_token.append(measures)
     if engine is not None:
         _agreement(into, path, engine.name, summarise(path, found[2]))
-    return runner.passes
+    return passes
 
 
 def _agreement(into: Study, path: str, engine: str, score: Score) -> None:

@@ -51,6 +51,9 @@ def study_page(record: Record) -> str:
     if scores:
         parts.append(f"base {record['base']['name']}: perplexity {estimate(scores[0]['base_perplexity'])} over {head}")
     parts += ["", _table(scores), ""]
+    for key in ("engines", "generation", "tasks", "embedding"):
+        if key in record:
+            parts += [_extra(record[key]), Text(record[key]["note"], style="dim"), ""]
     if record["noise_floor"]:
         floors = ", ".join(f"{short(item['name'])} {item['kl']['value']:.2g}" for item in record["noise_floor"])
         parts.append(Text(f"noise floor, KL of the base with itself: {floors}", style="dim"))
@@ -102,3 +105,9 @@ def _table(scores: Sequence[Record]) -> Any:
         ]  # fmt: skip
         rows.append(cells if several else [*cells[:1], *cells[2:]])
     return table(columns, rows)
+
+
+def _extra(found: Record) -> Any:
+    """A table that `eval` made besides: cells are words or {"value", "stderr"}."""
+    columns = [(head, "left" if index == 0 else "right") for index, head in enumerate(found["heads"])]
+    return table(columns, [[estimate(cell) if isinstance(cell, Mapping) else short(str(cell)) for cell in row] for row in found["rows"]])
