@@ -22,7 +22,11 @@ from make_outlier_sample import ROOT, make
 from fewbit import api
 from fewbit.eval.fidelity import evaluate
 
-W8, W8A8, W4A8 = "compressed-tensors:int8-channel", "compressed-tensors:int8-channel+int8-token", "compressed-tensors:int4-g128+int8-token"
+W8, W8A8, W4A8 = (
+    "compressed-tensors:int8-channel",
+    "compressed-tensors:int8-channel+int8-token",
+    "compressed-tensors:int4-g128+int8-token",
+)
 STATIC = "compressed-tensors:int8-tensor+int8-tensor-static"
 SMOOTH, AWQ, ROTATE = {"rewrites": ["smooth"]}, {"rewrites": ["awq"]}, {"rewrites": ["rotate"]}
 # name -> (target, recipe)
@@ -57,12 +61,19 @@ def run(base: Path, work: Path, names: list[str], tokens: int, samples: int) -> 
         started = time.perf_counter()
         out = work / name.replace(" ", "-")
         try:
-            result = api.quantize(base, to=target, out=out, overwrite=True, verify=False, calib_samples=samples, calib_length=256, **words)
+            result = api.quantize(
+                base, to=target, out=out, overwrite=True, verify=False, calib_samples=samples, calib_length=256, **words
+            )
         except Exception as error:  # one row that fails must not hide the others
             rows[name] = {"error": f"{type(error).__name__}: {error}"[:400]}
             continue
         made.append((name, result.outputs[0]))
-        rows[name] = {"target": target, **words, "seconds": time.perf_counter() - started, "warnings": list(result.warnings)}
+        rows[name] = {
+            "target": target,
+            **words,
+            "seconds": time.perf_counter() - started,
+            "warnings": list(result.warnings),
+        }
         print(name, f"{rows[name]['seconds']:.1f} s", file=sys.stderr, flush=True)
     for (name, _), score in zip(made, evaluate([path for _, path in made], base, tokens=tokens), strict=True):
         value, error = score.measures["kl"]

@@ -12,13 +12,27 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fewbit.run.hf import BlockModel
 from fewbit.run.source import Source
 
-SMALL = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {**SMALL, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "mistral": SMALL,
     "qwen2": SMALL,
     "qwen3": {**SMALL, "head_dim": 16},
-    "granite": {**SMALL, "embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 2.0, "attention_multiplier": 0.2},
+    "granite": {
+        **SMALL,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.3,
+        "logits_scaling": 2.0,
+        "attention_multiplier": 0.2,
+    },
     "smollm3": {**SMALL, "pad_token_id": 0},
     "seed_oss": {**SMALL, "head_dim": 12},
     "ernie4_5": {**SMALL, "head_dim": 12, "use_bias": True},
@@ -30,7 +44,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "phi3": {**SMALL, "pad_token_id": 0},
     "stablelm": {**SMALL, "use_qkv_bias": True, "partial_rotary_factor": 0.5},
     "mixtral": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {**SMALL, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 40},
+    "qwen2_moe": {
+        **SMALL,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
+    },
     "qwen3_moe": {**SMALL, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "gpt2": {"vocab_size": 96, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "gpt_oss": {**SMALL, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},

@@ -52,6 +52,10 @@ def test_the_spaces_that_a_family_bears(model_type: str, tmp_path: Path) -> None
     with open_source(tmp_path) as source:
         found = RewrittenSource(source, Recipe(rewrites=("rotate",)))
     kinds = {space.kind for space in found.spaces.scalable()}
-    wanted = set(SCALABLE) - ({"ffn"} if model_type in ("gpt2",) else set()) - ({"attn_in", "mlp_in"} if model_type == "olmo2" else set())
+    wanted = (
+        set(SCALABLE)
+        - ({"ffn"} if model_type in ("gpt2",) else set())
+        - ({"attn_in", "mlp_in"} if model_type == "olmo2" else set())
+    )
     assert kinds == wanted
     assert bool(found.spaces.no_rotation) == (model_type in NORMED_RESIDUAL)
