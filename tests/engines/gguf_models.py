@@ -201,6 +201,8 @@ def spm_tokenizer(folder: Path) -> Callable[[str], list[int]]:
     transformers.LlamaTokenizer(vocab={piece: n for n, piece in enumerate(pieces)}, merges=merges).save_pretrained(
         folder
     )
+    config = config_of(folder) | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config))
     return lambda line: model.encode(line)
 
 
