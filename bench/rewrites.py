@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from make_outlier_sample import ROOT, make
 
 from fewbit import api
 from fewbit.eval.fidelity import evaluate
+from make_outlier_sample import ROOT, make
 
 W8, W8A8, W4A8 = (
     "compressed-tensors:int8-channel",

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rewrite_families import MODELS, NO_DATA, NORMED_RESIDUAL, logits, make
 
 from fewbit.arch.rewrite import merge, scale
 from fewbit.arch.rewrite_spaces import SCALABLE
 from fewbit.plan.recipe import Recipe
 from fewbit.run.rewrites import RewrittenSource
 from fewbit.run.source import open_source
-from rewrite_families import MODELS, NO_DATA, NORMED_RESIDUAL, logits, make
 
 TOKENS = torch.randint(1, 95, (2, 20), generator=torch.Generator().manual_seed(1))
 KNOWN = [name for name in MODELS if name not in NO_DATA]
