@@ -1,0 +1,193 @@
+"""QuantLinear: a linear layer whose weight stays quantised.
+
+Holds the parts of a QTensor as buffers in the layout of one kernel. The state dict holds the canonical parts, whatever the kernel, as plain
+tensors, so it can be saved with safetensors and loaded on another device.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewbit.base.errors import InputError
+from fewbit.math.scales import Search, quantize
+from fewbit.num.qtensor import QTensor
+from fewbit.num.scheme import parse_scheme
+from fewbit.runtime.kernels.packed import transposed_matmul
+from fewbit.runtime.layouts import choose
+from fewbit.runtime.parts import flatten, rebuild, sparse
+
+ABOUT = "about"  # name of the state dict's entry that says how a weight is stored
+
+
+class QuantLinear(nn.Module):
+    """y = x @ w.T + bias with `w` quantised.
+
+    Args:
+        q: the weight, [out_features, in_features].
+        bias: [out_features] or None.
+        dtype: that activations will mostly have; kernels keep their tables in it.
+        threshold: for int8 activations: inputs of this size or above have their columns in floating point (LLM.int8()); 0 for none.
+        kernel: name of a row of `runtime.layouts`; None for the first that accepts.
+
+    Raises:
+        InputError: FB-E0903 when no kernel accepts the weight, FB-E0904 for a threshold that has no meaning here.
+    """
+
+    def __init__(
+        self,
+        q: QTensor,
+        bias: torch.Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        threshold: float = 0.0,
+        kernel: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.bias = None if bias is None else bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, False)
+        self.threshold = float(threshold)
+        self._hold(q, dtype, kernel)
+
+    def _hold(self, q: QTensor, dtype: torch.dtype, kernel: str | None = None) -> None:
+        """Takes a weight: chooses the kernel and registers its tensors."""
+        self.scheme, self.shape, self.dtype = q.scheme, tuple(q.shape), dtype
+        self.layout = choose(q.scheme, self.shape, q.device, kernel)
+        if not self.threshold >= 0 or (self.threshold and not self.layout.quantises_inputs):
+            raise InputError("FB-E0904", f"a threshold of {self.threshold} with the kernel {self.layout.name!r}")
+        held = self.layout.to_layout(q, dtype)
+        for name in list(self._buffers):
+            del self._buffers[name]
+        for name, tensor in held.items():
+            self.register_buffer(name, tensor, persistent=False)  # the state dict holds the canonical parts instead
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self._buffers.values())).device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weight takes in memory: codes, scales and the kernel's tables."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._buffers.values())
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight in floating point, made anew at every call; for code that wants to look at it."""
+        return self.qtensor().dequantize(self.dtype)
+
+    def qtensor(self) -> QTensor:
+        """The weight, exactly as it was given."""
+        return self.layout.from_layout(self.scheme, self.shape, self._buffers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] of any float dtype -> [..., out_features] of the same."""
+        flat = x.reshape(-1, self.in_features)
+        grad = torch.is_grad_enabled() and flat.requires_grad
+        out = _Frozen.apply(flat, self) if grad else self.product(flat)
+        if self.bias is not None:
+            out = out + self.bias.to(out.dtype)
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x [tokens, in_features] @ w.T, sides undone, without bias."""
+        held = self._buffers
+        inner = self._inputs(x)
+        if self.layout.quantises_inputs:
+            out = self.layout.matmul(inner, held, self.scheme, self.shape, self.threshold)
+        else:
+            out = self.layout.matmul(self._quantised(inner), held, self.scheme, self.shape)
+        if "side_values" in held:
+            out = out + (sparse(held, self.shape) @ x.float().T).T.to(out.dtype)
+        return out
+
+    def _inputs(self, x: torch.Tensor) -> torch.Tensor:
+        """What the codes are multiplied by: columns scaled and in the order of the codes."""
+        if "side_column_scale" in self._buffers:
+            x = x * self._buffers["side_column_scale"].to(x.dtype)
+        if "side_permutation" in self._buffers:
+            x = x[:, self._buffers["side_permutation"]]
+        return x
+
+    def _quantised(self, x: torch.Tensor) -> torch.Tensor:
+        """Activations rounded as the scheme says, for kernels that compute in floating point."""
+        inner = self.scheme.activation
+        if inner is None or not x.numel():
+            return x
+        return quantize(inner, x.float(), search=Search("absmax")).dequantize(x.dtype)
+
+    def input_gradient(self, dy: torch.Tensor) -> torch.Tensor:
+        """dy [tokens, out_features] @ w -> [tokens, in_features]; rounded activations pass gradients straight through."""
+        q = self.qtensor()
+        dx = transposed_matmul(dy, flatten(replace(q, sides={})), self.scheme, self.shape)
+        if "permutation" in q.sides:
+            dx = dx[:, torch.argsort(q.sides["permutation"])]
+        if "column_scale" in q.sides:
+            dx = dx * q.sides["column_scale"].to(dx.dtype)
+        if "outliers" in q.sides:
+            dx = dx + (q.sides["outliers"].float().t() @ dy.float().T).T.to(dx.dtype)
+        return dx
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
+        """`.to()` and the like: a float dtype is what to compute in, stored parts keep their own."""
+        buffers = dict(self._buffers)
+        self._buffers.clear()
+        super()._apply(fn, recurse)
+        self._buffers.update(buffers)
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if probe.dtype != self.dtype or probe.device != self.device:
+            self._hold(self.qtensor().to(probe.device), probe.dtype)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        about = {"scheme": str(self.scheme), "shape": self.shape, "threshold": self.threshold}
+        data = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
+        destination[f"{prefix}weight.{ABOUT}"] = data
+        for name, tensor in flatten(self.qtensor()).items():
+            destination[f"{prefix}weight.{name}"] = tensor
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        stem = f"{prefix}weight."
+        parts = {name.removeprefix(stem): state_dict[name] for name in state_dict if name.startswith(stem)}
+        _local_metadata, _strict, missing, *_ = args
+        if ABOUT in parts:
+            about = json.loads(bytes(parts.pop(ABOUT).tolist()))
+            self.threshold = float(about["threshold"])
+            q = rebuild(parse_scheme(about["scheme"]), tuple(about["shape"]), parts)
+            q.check(stem)
+            self._hold(q.to(self.device), self.dtype)
+        else:
+            missing.append(stem + ABOUT)
+        super()._load_from_state_dict({k: v for k, v in state_dict.items() if not k.startswith(stem)}, prefix, *args)
+
+    def extra_repr(self) -> str:
+        bits = 8 * self.nbytes / max(1, self.in_features * self.out_features)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"scheme={self.scheme}, kernel={self.layout.name}, {bits:.3f} bits per weight in memory"
+        )
+
+
+class _Frozen(torch.autograd.Function):
+    """The product with a weight that gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.layer.input_gradient(dy), None
