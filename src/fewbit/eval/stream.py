@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from fewbit.base.manifest import Manifest
-from fewbit.math.scales import Search, quantize
+from fewbit.math.scales import Search, assemble, fit, quantize, snap
+from fewbit.num.blocks import TENSOR
 from fewbit.num.scheme import Scheme
 from fewbit.run.acts import ActStore
 from fewbit.run.hf import BlockModel, Params
@@ -155,7 +156,7 @@ class Runner:
         """Takes hidden states through one block, in place."""
         params = params if params is not None else self.model.load_block(index, self.source.read)
         whole = min(store.batch, store.shape[0])
-        with torch.no_grad(), ActivationQuantiser(self.activation_schemes(index), params):
+        with torch.no_grad(), ActivationQuantiser(self.activation_schemes(index), params, self.input_scales(index)):
             for batch in range(len(store)):
                 hidden = store.get(batch).to(self.model.device)
                 arguments = self.model.arguments(kwargs, whole, hidden.shape[0])
@@ -168,6 +169,17 @@ class Runner:
             stored = self.source.stored.get(slot.name)
             if stored is not None and stored.scheme.activation is not None:
                 found[self.model.local(index, slot)] = stored.scheme.activation
+        return found
+
+    def input_scales(self, index: int) -> dict[str, torch.Tensor]:
+        """Stored scales of the parameters of a block whose inputs have one fixed scale, by local name; float32 [1]."""
+        found = {}
+        for slot in self.model.block_slots(index):
+            stored = self.source.stored.get(slot.name)
+            if stored is not None and stored.scheme.static and stored.scheme.activation.blocks == TENSOR:
+                q = self.source.qtensor(slot.name)  # type: ignore[attr-defined]  only sources of safetensors have static schemes
+                if q is not None and "input_scale" in q.sides:
+                    found[self.model.local(index, slot)] = q.sides["input_scale"]
         return found
 
     def logits(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -200,18 +212,24 @@ def peak_bytes(source: FloatSource, runner: Runner, tokens: torch.Tensor, candid
 
 
 class ActivationQuantiser:
-    """While active, inputs of tracked weights are replaced by their quantised values, per token, as an engine would compute.
+    """While active, inputs of tracked weights are replaced by their quantised values, as an engine would compute.
 
-    Static activation scales are taken per token too: the reference path does not model a fixed range.
+    Scales are found per block of the scheme (per token), except the fixed ones of static schemes: larger inputs are clipped there.
     """
 
-    def __init__(self, schemes: dict[str, Scheme], params: Params) -> None:
-        self._schemes = schemes
+    def __init__(self, schemes: dict[str, Scheme], params: Params, scales: dict[str, torch.Tensor] | None = None) -> None:
+        self._schemes, self._scales = schemes, scales or {}
         self._observer = Observer({name: params[name] for name in schemes}, self._replace) if schemes else None
 
     def _replace(self, use: Use) -> torch.Tensor:
         scheme = self._schemes[use.param]
         flat = use.x.reshape(-1, use.x.shape[-1])
+        fixed = self._scales.get(use.param)
+        if fixed is not None:
+            params = fit(scheme, flat.float(), None, Search(method="absmax"))
+            params = replace(params, scale=fixed.reshape(params.scale.shape).to(flat.device))
+            codes = snap(scheme, flat.float(), params)
+            return assemble(scheme, tuple(flat.shape), codes, params).dequantize(use.x.dtype).reshape(use.x.shape)
         return (
             quantize(scheme, flat.float(), None, Search(method="absmax")).dequantize(use.x.dtype).reshape(use.x.shape)
         )
