@@ -128,7 +128,7 @@ def gguf_plan(
     expanded = attempt(lambda: expand(manifest, names, family))
     if expanded is None or own is None:
         raise _all(refused)
-    targets, notes = expanded
+    targets = expanded[0]
     rows = next(target.shape[0] for target in targets if target.name == "token_embd.weight")
     vocabulary = attempt(lambda: _vocabulary(files, names, family, rows, pre))
     facts = model_facts(own, family.name)
@@ -136,6 +136,22 @@ def gguf_plan(
     types = chosen and attempt(lambda: choose(shapes, chosen, facts, overrides, imatrix))
     if refused:
         raise _all(refused)
+    return _assembled(name, family, chosen, names, own, expanded, types, vocabulary)
+
+
+def _assembled(
+    name: str,
+    family: Family,
+    chosen: Recipe,
+    names: Mapping[str, Any],
+    own: Metadata,
+    expanded: tuple[tuple[Target, ...], tuple[str, ...]],
+    types: Mapping[str, Choice],
+    vocabulary: Vocabulary | None,
+) -> GgufPlan:
+    """The plan of what was decided."""
+    targets, notes = expanded
+    rows = next(target.shape[0] for target in targets if target.name == "token_embd.weight")
     metadata = (
         {"general.architecture": meta.text(family.name)}
         | _general(name, chosen, targets)
