@@ -37,7 +37,7 @@ def coarse(base: Source, names: list[str], scheme: str) -> dict[str, torch.Tenso
 
 @pytest.fixture(scope="module")
 def chosen() -> Windows:
-    return windows(TEXT, SAMPLE, 128, 256, 8192)
+    return windows(TEXT, SAMPLE, 64, 128, 8192)
 
 
 def test_shares_add_up_and_name_the_culprits(chosen: Windows) -> None:
@@ -52,7 +52,7 @@ def test_shares_add_up_and_name_the_culprits(chosen: Windows) -> None:
         for name, kl in alone.items():
             assert shares[name] == pytest.approx(kl, rel=0.25, abs=0.02 * found.kl)
         assert max(shares, key=lambda name: shares[name]) == max(alone, key=lambda name: alone[name])
-        assert found.blocks[0].own == found.blocks[0].drift > 0 and found.blocks[1].own == pytest.approx(found.blocks[1].own)
+        assert 0 < found.blocks[0].own < found.blocks[0].drift  # the drift has the embeddings' error too
         assert all(item.sqnr_db is not None for item in found.tensors if item.name in tensors)
 
 
