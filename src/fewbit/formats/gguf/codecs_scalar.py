@@ -13,11 +13,6 @@ from fewbit.formats.gguf.parts import Codec, Parts, as_dtype, join, pack_planes,
 _U8 = np.uint8
 
 
-def _offset(codes: np.ndarray, by: int) -> np.ndarray:
-    """Signed codes as unsigned ones, `by` higher."""
-    return (codes + np.int8(by)).view(_U8) if by < 128 else codes.view(_U8) ^ _U8(128)
-
-
 def _signed(codes: np.ndarray, by: int) -> np.ndarray:
     return codes.view(np.int8) - np.int8(by)
 
@@ -27,11 +22,11 @@ def _legacy(bits: int, signed: bool) -> Codec:
     half = 1 << (bits - 1)
 
     def pack(parts: Parts) -> np.ndarray:
-        codes = _offset(parts["codes"], half) if signed else parts["codes"]
+        codes, offset = parts["codes"], half if signed else 0
         fields = [parts["scale"]] if signed else [parts["scale"], parts["value_shift"]]
         if bits == 5:
-            fields.append(np.packbits(codes >> _U8(4), axis=1, bitorder="little"))
-        return join(*fields, pack_planes(codes & _U8(15), 4, 16))
+            fields.append(pack_planes(codes, 1, 1, first=4, offset=offset))
+        return join(*fields, pack_planes(codes, 4, 16, offset=offset))
 
     def unpack(blocks: np.ndarray) -> Parts:
         head = 2 if signed else 4
@@ -76,12 +71,12 @@ def _unpack_q2_k(blocks: np.ndarray) -> Parts:
 
 # hmask 32: planes 32 of the third bit | qs 64: planes 32 | scales 12: low nibbles planes 8, high pairs planes 4 | d 2
 def _pack_q3_k(parts: Parts) -> np.ndarray:
-    codes, scales = _offset(parts["codes"], 4), _offset(parts["scale.codes"], 32)
+    codes, scales = parts["codes"], parts["scale.codes"]
     return join(
-        pack_planes(codes >> _U8(2), 1, 32),
-        pack_planes(codes & _U8(3), 2, 32),
-        pack_planes(scales & _U8(15), 4, 8),
-        pack_planes(scales >> _U8(4), 2, 4),
+        pack_planes(codes, 1, 32, first=2, offset=4),
+        pack_planes(codes, 2, 32, offset=4),
+        pack_planes(scales, 4, 8, offset=32),
+        pack_planes(scales, 2, 4, first=4, offset=32),
         parts["scale.scale"],
     )
 
@@ -119,8 +114,8 @@ def _kay(bits: int) -> Codec:
         fields = [parts["scale.scale"], -parts["value_shift.scale"]]
         fields.append(_pack_scales_mins(parts["scale.codes"], parts["value_shift.codes"]))
         if bits == 5:
-            fields.append(pack_planes(codes >> _U8(4), 1, 32))
-        return join(*fields, pack_planes(codes & _U8(15), 4, 32))
+            fields.append(pack_planes(codes, 1, 32, first=4))
+        return join(*fields, pack_planes(codes, 4, 32))
 
     def unpack(blocks: np.ndarray) -> Parts:
         d, dmin, packed, high, low = split(blocks, 2, 2, 12, 32 if bits == 5 else 0, 128)
@@ -141,13 +136,9 @@ def _kay(bits: int) -> Codec:
 
 # ql 128: planes 64 | qh 64: planes 32 | scales 16 | d 2
 def _pack_q6_k(parts: Parts) -> np.ndarray:
-    codes = _offset(parts["codes"], 32)
-    return join(
-        pack_planes(codes & _U8(15), 4, 64),
-        pack_planes(codes >> _U8(4), 2, 32),
-        parts["scale.codes"],
-        parts["scale.scale"],
-    )
+    codes = parts["codes"]
+    low, high = pack_planes(codes, 4, 64, offset=32), pack_planes(codes, 2, 32, first=4, offset=32)
+    return join(low, high, parts["scale.codes"], parts["scale.scale"])
 
 
 def _unpack_q6_k(blocks: np.ndarray) -> Parts:
@@ -168,13 +159,9 @@ def _unpack_iq4_nl(blocks: np.ndarray) -> Parts:
 
 # d 2 | scales_h 2: eight pairs | scales_l 4: eight nibbles | qs 128: planes 16
 def _pack_iq4_xs(parts: Parts) -> np.ndarray:
-    scales = _offset(parts["scale.codes"], 32)
-    return join(
-        parts["scale.scale"],
-        pack_planes(scales >> _U8(4), 2, 1),
-        pack_planes(scales & _U8(15), 4, 1),
-        pack_planes(parts["codes"], 4, 16),
-    )
+    scales = parts["scale.codes"]
+    high, low = pack_planes(scales, 2, 1, first=4, offset=32), pack_planes(scales, 4, 1, offset=32)
+    return join(parts["scale.scale"], high, low, pack_planes(parts["codes"], 4, 16))
 
 
 def _unpack_iq4_xs(blocks: np.ndarray) -> Parts:

@@ -20,13 +20,15 @@ class Codec:
     unpack: Callable[[np.ndarray], Parts]
 
 
-def pack_planes(codes: np.ndarray, bits: int, width: int) -> np.ndarray:
+def pack_planes(codes: np.ndarray, bits: int, width: int, first: int = 0, offset: int = 0) -> np.ndarray:
     """Lay codes over each other: of 8 / bits runs of `width` codes, the first takes the low bits of `width` bytes, and so on.
 
-    codes: uint8 [blocks, n], n a multiple of width * 8 / bits; each code has at most `bits` bits. Returns uint8 [blocks, n * bits / 8].
+    codes: uint8 or int8 [blocks, n], n a multiple of width * 8 / bits. Of each code plus `offset`, the `bits` bits from bit `first` up are
+    packed. Returns uint8 [blocks, n * bits / 8].
     """
     packed = np.empty((len(codes), codes.shape[1] * bits // 8), np.uint8)
-    _pack(np.ascontiguousarray(codes).reshape(-1), bits, width, packed.reshape(-1))
+    flat = np.ascontiguousarray(codes).view(np.uint8).reshape(-1)
+    _pack(flat, bits, width, np.uint8(first), np.uint8(offset), packed.reshape(-1))
     return packed
 
 
@@ -38,16 +40,16 @@ def unpack_planes(packed: np.ndarray, bits: int, width: int) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _pack(codes: np.ndarray, bits: int, width: int, packed: np.ndarray) -> None:
-    planes = 8 // bits
+def _pack(codes: np.ndarray, bits: int, width: int, first: int, offset: int, packed: np.ndarray) -> None:
+    planes, mask = 8 // bits, np.uint8((1 << bits) - 1)
     for run in range(packed.size // width):
         to, source = run * width, run * width * planes
         for i in range(width):
-            packed[to + i] = codes[source + i]
+            packed[to + i] = (np.uint8(codes[source + i] + offset) >> first) & mask
         for plane in range(1, planes):
             shift, start = np.uint8(plane * bits), source + plane * width
             for i in range(width):
-                packed[to + i] |= np.uint8(codes[start + i] << shift)
+                packed[to + i] |= np.uint8(((np.uint8(codes[start + i] + offset) >> first) & mask) << shift)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

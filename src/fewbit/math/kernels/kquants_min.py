@@ -21,7 +21,7 @@ from fewbit.math.kernels.lanes import higher, load, lower, rint, splat, store, w
 _H, _HX, _SCALE, _SHIFT, _K, _M, _D, _DMIN, _AA, _AB, _BB, _RA, _RB = (16 * row for row in range(13))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
 def _sums(xt, ht, inv, base, top, size):
     """(sum(h q), sum(h q q), sum(h x q)) as lanes, for the codes nearest to x * inv - base."""
     zero, most = splat(F(0)), splat(top)
@@ -38,7 +38,7 @@ def _sums(xt, ht, inv, base, top, size):
     return sq + sp, sqq + spp, sxq + syp
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
 def _error(scale, shift, sq, sqq, sxq, h, hx):
     """Weighted squared error without the constant sum(h x x)."""
     two = splat(F(2))

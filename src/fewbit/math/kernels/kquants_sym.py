@@ -21,19 +21,24 @@ from fewbit.math.kernels.kquants_tiles import CHUNK, LANES, F, inverse, inverses
 from fewbit.math.kernels.lanes import higher, load, lower, rint, splat, store, where_greater
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def _sums(xt, ht, inv, low, high, lut, resolution, offset, size, scratch):
-    """(sum(h x q), sum(h q q)) as lanes, for the codes nearest to x * inv."""
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _integer_sums(xt, ht, inv, low, high, size):
+    """(sum(h x q), sum(h q q)) as lanes, for the integers nearest to x * inv."""
     a0, b0, a1, b1 = splat(F(0)), splat(F(0)), splat(F(0)), splat(F(0))
-    if lut.size == 0:
-        bottom, top = splat(low), splat(high)
-        for j in range(0, size * LANES, 2 * LANES):
-            x, y = load(xt, j), load(xt, j + LANES)
-            q, p = lower(higher(rint(x * inv), bottom), top), lower(higher(rint(y * inv), bottom), top)
-            hq, hp = load(ht, j) * q, load(ht, j + LANES) * p
-            a0, a1 = a0 + hq * x, a1 + hp * y
-            b0, b1 = b0 + hq * q, b1 + hp * p
-        return a0 + a1, b0 + b1
+    bottom, top = splat(low), splat(high)
+    for j in range(0, size * LANES, 2 * LANES):
+        x, y = load(xt, j), load(xt, j + LANES)
+        q, p = lower(higher(rint(x * inv), bottom), top), lower(higher(rint(y * inv), bottom), top)
+        hq, hp = load(ht, j) * q, load(ht, j + LANES) * p
+        a0, a1 = a0 + hq * x, a1 + hp * y
+        b0, b1 = b0 + hq * q, b1 + hp * p
+    return a0 + a1, b0 + b1
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _table_sums(xt, ht, inv, lut, resolution, offset, size, scratch):
+    """The same for the levels of a table."""
+    a, b = splat(F(0)), splat(F(0))
     step, start, zero, top = inv * splat(resolution), splat(offset), splat(F(0)), splat(F(lut.size - 1))
     for j in range(0, size * LANES, LANES):
         x = load(xt, j)
@@ -42,8 +47,8 @@ def _sums(xt, ht, inv, low, high, lut, resolution, offset, size, scratch):
             scratch[LANES + lane] = lut[np.uint32(np.int32(scratch[lane]))]
         q = load(scratch, LANES)
         hq = load(ht, j) * q
-        a0, b0 = a0 + hq * x, b0 + hq * q
-    return a0, b0
+        a, b = a + hq * x, b + hq * q
+    return a, b
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -56,7 +61,10 @@ def _ideal(xt, ht, low, high, lut, resolution, offset, size, candidates, polish,
     best, scale, tiny = splat(F(-1)), splat(F(0)), splat(F(1e-37))
     for c in range(candidates.size + polish):
         inv = splat(candidates[c]) * outer if c < candidates.size else inverses(scale)
-        a, b = _sums(xt, ht, inv, low, high, lut, resolution, offset, size, scratch)
+        if lut.size == 0:
+            a, b = _integer_sums(xt, ht, inv, low, high, size)
+        else:
+            a, b = _table_sums(xt, ht, inv, lut, resolution, offset, size, scratch)
         found = a / higher(b, tiny)
         gain = a * found
         scale = where_greater(gain, best, found, scale)
@@ -77,8 +85,9 @@ def _nest(
                 largest = scale[lane]
         d[g] = round_f16(largest / k_low)
         for lane in range(g * width, (g + 1) * width):
-            k[lane] = min(max(np.rint(scale[lane] * inverse(d[g])), k_low), k_high)
+            k[lane] = d[g]
     bottom, top = splat(k_low), splat(k_high)
+    store(k, 0, lower(higher(rint(load(scale, 0) * inverses(load(k, 0))), bottom), top))
     for _ in range(rounds):
         for lane in range(LANES):
             scale[lane] = d[lane // width]
@@ -87,7 +96,11 @@ def _nest(
         for step in range(-reach, reach + 1):
             trial = lower(higher(centre + splat(F(step)), bottom), top)
             t = spread * trial
-            a, b = _sums(xt, ht, inverses(t), low, high, lut, resolution, offset, size, scratch)
+            inv = inverses(t)
+            if lut.size == 0:
+                a, b = _integer_sums(xt, ht, inv, low, high, size)
+            else:
+                a, b = _table_sums(xt, ht, inv, lut, resolution, offset, size, scratch)
             error = t * (t * b - (a + a))
             code = where_greater(best, error, trial, code)
             code_a = where_greater(best, error, a, code_a)

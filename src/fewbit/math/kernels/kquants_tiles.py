@@ -9,7 +9,9 @@ the importance of the columns is transposed once for all rows.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 from fewbit.math.kernels.lanes import splat, where_greater
 
@@ -55,9 +57,43 @@ def tile_place(tile, size, count, period):
     return (tile % rows) * (period // size) + column * LANES, column
 
 
+@intrinsic
+def _transpose(typingctx, source, start, stride, out, to):
+    """out[to + 16 j + i] = source[start + stride i + j] for i, j < 16, float32: four rounds of sixteen two-vector shuffles."""
+
+    def codegen(context, builder, signature, args):
+        vector, word = ir.VectorType(ir.FloatType(), LANES), ir.IntType(32)
+        base = context.make_array(signature.args[0])(context, builder, args[0]).data
+        target = context.make_array(signature.args[3])(context, builder, args[3]).data
+        rows, at = [], args[1]
+        for _ in range(LANES):
+            rows.append(builder.load(builder.bitcast(builder.gep(base, [at]), vector.as_pointer()), align=4))
+            at = builder.add(at, args[2])
+        mask = [
+            ir.Constant(ir.VectorType(word, LANES), [half + i // 2 + LANES * (i % 2) for i in range(LANES)])
+            for half in (0, 8)
+        ]
+        for _ in range(4):  # interleaving rows i and i + 8, four times over, turns rows into columns
+            rows = [builder.shuffle_vector(rows[i // 2], rows[i // 2 + 8], mask[i % 2]) for i in range(LANES)]
+        for j, row in enumerate(rows):
+            place = builder.add(args[4], ir.Constant(args[4].type, LANES * j))
+            builder.store(row, builder.bitcast(builder.gep(target, [place]), vector.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, types.intp, out, types.intp), codegen
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
 def load_tile(source, period, first, count, size, out):
-    """Blocks first … first + 15 (the last one again where there are fewer) of `source`, which repeats every `period` weights, as lanes."""
+    """Blocks first … first + 15 (the last one again where there are fewer) of `source`, which repeats every `period` weights, as lanes.
+
+    size: a multiple of 16.
+    """
+    start = (first * size) % period
+    if first + LANES <= count and start + LANES * size <= period:
+        for j in range(0, size, LANES):
+            _transpose(source, start + j, size, out, j * LANES)
+        return
     for lane in range(LANES):
         start = (min(first + lane, count - 1) * size) % period
         for j in range(size):
