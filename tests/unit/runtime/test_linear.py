@@ -106,11 +106,11 @@ def test_dispatch() -> None:
     }
     assert {word: choose(parse_scheme(word), (64, 256), CPU).name for word in wanted} == wanted
     assert choose(parse_scheme("int4-g128"), (64, 200), CPU).name == "packed"  # ragged group
-    with pytest.raises(InputError, match="FB-E0903.*int4 needs 4-bit"):
+    with pytest.raises(InputError, match=r"FB-E0903.*int4 needs 4-bit"):
         choose(parse_scheme("int8"), (64, 256), CPU, "int4")
-    with pytest.raises(InputError, match="FB-E0903.*no kernel is called"):
+    with pytest.raises(InputError, match=r"FB-E0903.*no kernel is called"):
         choose(parse_scheme("int8"), (64, 256), CPU, "nope")
-    with pytest.raises(InputError, match="FB-E0903.*needs a matrix"):
+    with pytest.raises(InputError, match=r"FB-E0903.*needs a matrix"):
         choose(parse_scheme("nf4-g64"), (2, 64, 256), CPU)
 
 
@@ -202,7 +202,7 @@ def test_state_dict_round_trip_without_pickle(word: str) -> None:
     identical(other.qtensor(), q)
     x = torch.randn(3, 256)
     assert torch.equal(other(x), layer(x)) and other.threshold == threshold
-    with pytest.raises(RuntimeError, match="weight.about"):
+    with pytest.raises(RuntimeError, match=r"weight.about"):
         other.load_state_dict({"bias": torch.zeros(48)})
     del state["weight.codes"]
     with pytest.raises(InputError, match="FB-E0902"):

@@ -1,0 +1,133 @@
+"""Quantise the linear layers of a module in memory.
+
+    quantize_(model, "nf4-g64-dq")
+    quantize_(model, "w8a8", threshold=6.0)                       LLM.int8()
+    quantize_(model, "int4-g128", method="hqq", skip=("lm_head", "*.router"))
+
+One layer at a time: the float weight is let go before the next is solved.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from fewbit.base.errors import InputError
+from fewbit.num.scheme import Scheme, parse_scheme
+from fewbit.runtime.linear import QuantLinear
+from fewbit.solve.table import Solver, solver_named
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """One layer that was quantised.
+
+    Attributes:
+        name: in the module.
+        scheme, kernel: how it is stored and computed.
+        before, after: bytes of the weight in memory.
+        loss: the solver's, squared error summed over the weights.
+        notes: what was out of the ordinary.
+    """
+
+    name: str
+    scheme: str
+    kernel: str
+    before: int
+    after: int
+    loss: float
+    notes: tuple[str, ...] = ()
+
+
+def quantize_(
+    module: nn.Module,
+    scheme: str | Scheme,
+    *,
+    method: str = "rtn",
+    skip: Collection[str] = ("lm_head",),
+    threshold: float = 0.0,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> tuple[Replaced, ...]:
+    """Replaces every `nn.Linear` (and transformers' Conv1D) inside a module by a `QuantLinear`, in place.
+
+    Args:
+        module: any module; parameters of other kinds (embeddings, norms, fused experts) stay as they are.
+        scheme: spelling or preset, `num.scheme`.
+        method: a solver that needs no calibration: rtn, hqq.
+        skip: full names, last parts of names, or patterns of layers to leave alone.
+        threshold: for int8 activations, see `QuantLinear`.
+        options: of the solver.
+        seed: for solvers that draw.
+
+    Returns:
+        What was replaced, in the module's order.
+
+    Raises:
+        InputError: FB-E0905 when the method needs calibration, the scheme a calibrated range, or a weight is on the meta device; FB-E0601,
+            FB-E0702 to FB-E0704 from parsing and solving.
+    """
+    wanted = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    if wanted.static:
+        raise InputError("FB-E0905", f"{wanted} needs activation ranges from calibration")
+    solver = solver_named(method)
+    if solver.needs:
+        raise InputError("FB-E0905", f"{method} needs calibration statistics: {', '.join(sorted(solver.needs))}")
+    if isinstance(module, (nn.Linear, *_conv1d())):
+        raise InputError("FB-E0905", f"a {type(module).__name__} cannot replace itself in place; put it into a module")
+    made: dict[int, QuantLinear] = {}
+    rows = []
+    for parent, attribute, name, layer in list(linears(module)):
+        if _skipped(name, skip):
+            continue
+        if id(layer) not in made:  # a layer that stands in two places stays one
+            made[id(layer)], row = _solve(layer, name, wanted, solver, threshold, options or {}, seed)
+            rows.append(row)
+        setattr(parent, attribute, made[id(layer)])
+        layer.weight = None  # free the float weight even where someone still holds the layer
+    return tuple(rows)
+
+
+def linears(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
+    """(parent, attribute, full name, layer) of every linear layer, in order."""
+    kinds = (nn.Linear, *_conv1d())
+    for prefix, parent in module.named_modules():
+        for attribute, child in parent._modules.items():  # named_children leaves out a second name of one layer
+            if isinstance(child, kinds):
+                yield parent, attribute, f"{prefix}.{attribute}".lstrip("."), child
+
+
+def _conv1d() -> tuple[type[nn.Module], ...]:
+    """transformers' Conv1D, where transformers is loaded: else no module can hold one."""
+    loaded = sys.modules.get("transformers.pytorch_utils")
+    return (loaded.Conv1D,) if loaded is not None else ()
+
+
+def _skipped(name: str, skip: Collection[str]) -> bool:
+    return any(pattern in (name, name.rpartition(".")[2]) or fnmatchcase(name, pattern) for pattern in skip)
+
+
+def _solve(
+    layer: nn.Module,
+    name: str,
+    scheme: Scheme,
+    solver: Solver,
+    threshold: float,
+    options: Mapping[str, Any],
+    seed: int,
+) -> tuple[QuantLinear, Replaced]:
+    weight = layer.weight.detach()
+    if weight.is_meta or not weight.is_floating_point():
+        raise InputError("FB-E0905", f"the weight is {weight.dtype} on {weight.device}", tensor=name)
+    rows_first = weight if isinstance(layer, nn.Linear) else weight.T
+    solved = solver(rows_first.float().contiguous(), None, scheme.weights_only, seed=seed, options=options)
+    q = replace(solved.q, scheme=replace(solved.q.scheme, activation=scheme.activation))
+    quantised = QuantLinear(q, layer.bias, dtype=weight.dtype, threshold=threshold).train(layer.training)
+    before = weight.numel() * weight.element_size()
+    row = Replaced(name, str(scheme), quantised.layout.name, before, quantised.nbytes, solved.loss, solved.notes)
+    return quantised, row
