@@ -150,8 +150,7 @@ class Problem:
             unit *= float(level)
             notes += rows.notes
         mean = gram.diagonal().double().mean()
-        wide = gram.double() if len(gram) <= DOUBLE else gram
-        scaled = (damped(wide, columns.damping)[0] / mean).float()
+        scaled = (damped(gram.float(), columns.damping)[0].div_(float(mean))).float()
         scaled.diagonal()[scaled.diagonal() <= 0] = columns.damping
         return cls(wanted, order, columns, rows, Quadratic(wanted, scaled, outer, unit * float(mean)), notes)
 

@@ -15,8 +15,23 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-LANES = 16  # candidates tried at once; the caller repeats the first to fill up
+from fewbit.math.kernels.lanes import WIDTH, higher, load, lower, rint, splat, store, where_greater
+
+LANES = WIDTH  # candidates tried at once; the caller repeats the first to fill up
 _FAST = {"contract", "nsz"}  # fused multiply-add; never reassociates
+
+
+@njit(cache=True)
+def _add_scaled(out, row, factor, first, last):
+    """out[first:last] += factor * row[first:last], both flat."""
+    f = splat(np.float32(factor))
+    k = first
+    while k + WIDTH <= last:
+        store(out, k, load(out, k) + f * load(row, k))
+        k += WIDTH
+    while k < last:
+        out[k] += np.float32(factor) * row[k]
+        k += 1
 
 
 @njit(cache=True, fastmath=_FAST, inline="always")
@@ -43,50 +58,47 @@ def _decoded(x, s, z, v, uniform, low, high, levels, edges):
     return index, (level - z) * s + v
 
 
-@njit(cache=True, fastmath=_FAST)
-def _best_trial(lanes, x, w, upper, weight, j0, j1, scale, zero, shift, uniform, low, high, levels, edges):
+@njit(cache=True)
+def _best_trial(scratch, x, w, upper, weight, j0, j1, scale, zero, shift, uniform, low, high, levels, edges):
     """Which of the candidates loses least when columns j0 ... j1 of one row are rounded with it.
 
-    scale, zero, shift [LANES]; lanes [>= j1 - j0, LANES] is scratch: column by column, the row as each candidate would leave it.
+    scale, zero, shift [LANES]: a candidate a lane. scratch [>= (j1 - j0) * LANES]: column by column, the row as each candidate would leave it.
     """
-    total, error = np.zeros(LANES, np.float32), np.empty(LANES, np.float32)
-    inverse = np.empty(LANES, np.float32)
-    for c in range(LANES):
-        inverse[c] = np.float32(1.0) / scale[c] if scale[c] != 0 else np.float32(0.0)
-    for j in range(j1 - j0):
-        for c in range(LANES):
-            lanes[j, c] = x[j0 + j]
+    s, z, v = load(scale, 0), load(zero, 0), load(shift, 0)
+    nought = splat(np.float32(0.0))
+    per = splat(np.float32(1.0)) / where_greater(s * s, nought, s, splat(np.float32(1.0)))
+    per = where_greater(s * s, nought, per, nought)
+    bottom, top = splat(np.float32(low)), splat(np.float32(high))
     few = edges.shape[0] <= 16
-    for j in range(j1 - j0):
-        cost, wanted = weight[j0 + j], w[j0 + j]
+    level = np.empty(LANES, np.float32)
+    total = nought
+    for j in range(j0, j1):
+        store(scratch, (j - j0) * LANES, splat(x[j]))
+    for j in range(j0, j1):
+        at = load(scratch, (j - j0) * LANES)
+        u = (at - v) * per + z
         if uniform:
-            for c in range(LANES):
-                level = np.rint((lanes[j, c] - shift[c]) * inverse[c] + zero[c])
-                level = min(max(level, low), high)
-                error[c] = (level - zero[c]) * scale[c] + shift[c]
+            nearest = rint(lower(higher(u, bottom), top))
         elif few:
-            for c in range(LANES):
-                u = (lanes[j, c] - shift[c]) * inverse[c] + zero[c]
-                level = levels[0]
-                for k in range(edges.shape[0]):
-                    level = levels[k + 1] if u > edges[k] else level
-                error[c] = (level - zero[c]) * scale[c] + shift[c]
+            nearest = splat(levels[0])
+            for k in range(edges.shape[0]):
+                nearest = where_greater(u, splat(edges[k]), splat(levels[k + 1]), nearest)
         else:
+            store(level, 0, u)
             for c in range(LANES):
-                u = (lanes[j, c] - shift[c]) * inverse[c] + zero[c]
-                level = levels[int(_nearest(u, False, low, high, edges))]
-                error[c] = (level - zero[c]) * scale[c] + shift[c]
-        for c in range(LANES):
-            miss = lanes[j, c] - error[c]
-            total[c] += cost * miss * miss
-            error[c] = wanted - error[c]
-        for k in range(j + 1, j1 - j0):
-            f = upper[j0 + j, j0 + k]
-            for c in range(LANES):
-                lanes[k, c] += error[c] * f
+                level[c] = levels[int(_nearest(level[c], False, low, high, edges))]
+            nearest = load(level, 0)
+        value = (nearest - z) * s + v
+        miss = at - value
+        total = total + splat(weight[j]) * miss * miss
+        error = splat(w[j]) - value
+        for k in range(j + 1, j1):
+            place = (k - j0) * LANES
+            store(scratch, place, load(scratch, place) + error * splat(upper[j, k]))
+    store(level, 0, total)
     best = 0
     for c in range(1, LANES):
-        if total[c] < total[best]:
+        if level[c] < level[best]:
             best = c
     return best
 
@@ -117,8 +129,7 @@ def _round_row(
         miss = x[j] - value
         loss += weight[j] * miss * miss
         error = w[j] - value
-        for k in range(j + 1, cols):
-            x[k] += error * upper[j, k]
+        _add_scaled(x, upper[j], error, j + 1, cols)
     return loss
 
 
@@ -136,7 +147,7 @@ def round_rows(
         codes: int32 [rows, cols]; out: float32 [rows, cols]; choice: int32 [rows, groups]; loss: float64 [rows]: written.
     """
     for i in prange(x.shape[0]):
-        lanes = np.empty((x.shape[1], LANES), np.float32)
+        lanes = np.empty(x.shape[1] * LANES, np.float32)
         loss[i] = _round_row(
             w[i],
             x[i],
@@ -191,14 +202,13 @@ def round_tile(
         The rest as for `round_rows`.
     """
     rows, cols = x.shape
-    lanes = np.empty((cols, LANES), np.float32)
+    lanes = np.empty(cols * LANES, np.float32)
     fed = np.empty(cols, np.float32)
     for i in range(rows):
         for k in range(i):
             f = rows_upper[k, i]
             if f != 0.0:
-                for j in range(cols):
-                    x[i, j] += f * across[k, j]
+                _add_scaled(x[i], across[k], f, 0, cols)
         for j in range(cols):
             fed[j] = x[i, j] - across[i, j]
         loss[i] = rows_weight[i] * _round_row(
@@ -237,8 +247,7 @@ def _best_parameters(scratch, slope, level, gram, sums, curvature, j0, j1, scale
     for k in range(j0, j1):
         f = level[k]
         if f != 0:
-            for j in range(j0, j1):
-                scratch[j] += gram[k, j] * f
+            _add_scaled(scratch, gram[k], f, j0, j1)
     for j in range(j0, j1):
         ll += level[j] * scratch[j]
         lo += scratch[j]
@@ -312,8 +321,7 @@ def _sweep_row(
                 new = (level[j] - z) * s + v
                 move = (new - value[j]) * curvature
                 value[j] = new
-                for k in range(cols):
-                    slope[k] += move * gram[j, k]
+                _add_scaled(slope, gram[j], move, 0, cols)
         for j in range(start, end):
             wanted = value[j] - slope[j] * inverse[j] * per
             i, new = _decoded(wanted, s, z, v, uniform, low, high, levels, edges)
@@ -321,8 +329,7 @@ def _sweep_row(
                 move = (new - value[j]) * curvature
                 value[j], index[j], changed = new, np.int32(i), changed + 1
                 level[j] = i if uniform else levels[int(i)]
-                for k in range(cols):
-                    slope[k] += move * gram[j, k]
+                _add_scaled(slope, gram[j], move, 0, cols)
         start = end
     return changed
 
@@ -400,6 +407,4 @@ def sweep_tile(
             own[j] = (slope[i, j] - own[j]) / outer[i, i]
         for k in range(rows):
             if k != i:
-                f = outer[k, i]
-                for j in range(cols):
-                    slope[k, j] += f * own[j]
+                _add_scaled(slope[k], own, outer[k, i], 0, cols)
