@@ -26,7 +26,7 @@ TRANSFORMERS = [
     ("compressed-tensors", "fp8-e4m3-block128", "hf", {}, EXACT), ("compressed-tensors", "int8-channel+int8-token", "hf", {}, ACTIVATIONS),
     ("compressed-tensors", "fp8-e4m3-channel+fp8-e4m3-token", "hf", {}, ACTIVATIONS), ("compressed-tensors", "nvfp4", "hf", {"dtype": "bfloat16"}, HALF),
     ("compressed-tensors", "mxfp4", "hf", {"dtype": "bfloat16"}, HALF), ("compressed-tensors", "mxfp8", "hf", {"dtype": "bfloat16"}, HALF),
-    ("fp8", "fp8-e4m3-block128", "hf", {}, HALF), ("bitsandbytes", "nf4-flat64-dq", "hf", {}, HALF), ("bitsandbytes", "nf4-flat64", "hf", {}, HALF),
+    ("fp8", "fp8-e4m3-block128", "hf", {"dtype": "bfloat16"}, HALF), ("bitsandbytes", "nf4-flat64-dq", "hf", {}, HALF), ("bitsandbytes", "nf4-flat64", "hf", {}, HALF),
     ("bitsandbytes", "bnbfp4-flat64", "hf", {}, HALF), ("bitsandbytes", "int8-channel", "hf", {}, ACTIVATIONS),
     ("gptq", "int4-g128", "gptqmodel", {}, HALF), ("gptq", "int8-g128", "gptqmodel", {}, HALF), ("gptq", "int2-g32", "gptqmodel", {}, HALF),
     ("gptq-v2", "int4-g128-asym", "gptqmodel", {}, HALF), ("gptq-v2", "int8-g64-asym", "gptqmodel", {}, HALF), ("awq", "int4-g128-asym", "gptqmodel", {}, HALF),
