@@ -136,7 +136,7 @@ def _block(
     choice: torch.Tensor,
 ) -> None:
     """Coordinate descent over one block; held = value, slope, level, index [rows, cols], written in place."""
-    from fewbit.math.kernels import gptq
+    from fewbit.math.kernels import gptq_sweeps
 
     rows = held[0].shape[0]
     grid = (
@@ -148,7 +148,7 @@ def _block(
     )
     changed = np.zeros(rows, np.int64)
     if outer is None:
-        gptq.sweep_rows(
+        gptq_sweeps.sweep_rows(
             *(t.numpy() for t in held),
             gram.numpy(),
             *(p.numpy() for p in parts),
@@ -163,7 +163,7 @@ def _block(
         tile = [t[a:b] for t in held]
         before = tile[0].clone()
         inner = outer[a:b, a:b].contiguous().numpy()
-        gptq.sweep_tile(
+        gptq_sweeps.sweep_tile(
             *(t.numpy() for t in tile),
             gram.numpy(),
             inner,
