@@ -31,8 +31,8 @@ REWRITES: dict[str, Rewrite] = {
     "rotate": Rewrite(
         "rotate",
         frozenset(),
-        {"resid": True, "values": True, "untie": True, "learn": 0, "learn_tokens": 2048, "rate": 0.5},
-        "Hadamard rotation of the residual stream and of every head's values (QuaRot R1, R2); learn=STEPS trains the first (SpinQuant)",
+        {"resid": True, "values": True, "untie": True},
+        "Hadamard rotation of the residual stream and of every head's values (QuaRot R1, R2)",
     ),
     "smooth": Rewrite(
         "smooth",
@@ -103,11 +103,7 @@ def _check_value(key: str, option: str, value: Any, default: Any) -> list[Fewbit
         )
     if option == "alpha" and not 0 <= value <= 1:
         return [InputError("FB-E0741", f"option {key} lies between 0 and 1, got {value}")]
-    if (
-        (option in ("steps", "learn_tokens") and value < 1)
-        or (option == "learn" and value < 0)
-        or (option == "rate" and value <= 0)
-    ):
+    if option == "steps" and value < 1:
         return [InputError("FB-E0741", f"option {key} is too small: {value}")]
     return []
 

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
+from fewbit.arch.infer import facts
 from fewbit.base.errors import InputError
 from fewbit.base.manifest import Manifest
 from fewbit.formats.gguf.encode import checkpoint_tensor, decoded, users
 from fewbit.formats.gguf.families import family_of, prepared
 from fewbit.formats.gguf.targets import Target, expand
+from fewbit.run.rewrites import untied
 from fewbit.run.source import Source
 from fewbit.store.checkpoint import Checkpoint
 
@@ -34,11 +36,15 @@ class GgufView:
         self.checkpoint, self.base = checkpoint, base
         self.config: dict[str, Any] = base.config
         self.manifest: Manifest = base.manifest
+        known = facts(base.manifest, base.config)
+        roles = {item.role: name for name, item in known.items()}
+        if "output.weight" in checkpoint.manifest and "head" not in roles and "embed" in roles:  # a rotated model, its head untied
+            self.manifest, self.config = untied(base.manifest, base.config, roles["embed"])
         self.root = checkpoint.root
         self.stored: dict[str, Any] = {}
         self.format = None
         family = family_of(base.config)
-        targets, _ = expand(base.manifest, prepared(base.config, family), family)
+        targets, _ = expand(self.manifest, prepared(self.config, family), family)
         missing = [target.name for target in targets if target.reads and target.name not in checkpoint.manifest]
         if missing:
             what = f"the GGUF lacks {len(missing)} tensors of the base's architecture {family.name}, e.g. {', '.join(missing[:3])}"

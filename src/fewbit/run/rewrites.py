@@ -11,7 +11,7 @@ norm's own dtype: the rewritten model is equal to the source as it will be store
 from __future__ import annotations
 
 import base64
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -102,12 +102,10 @@ class RewrittenSource(Source):
         """Gives the head a tensor of its own: it takes the final norm's gain, which the embedding does not."""
         embed = self.inner.manifest[self.spaces.embed]
         self._untied = HEAD
+        self.manifest, self.config = untied(self.inner.manifest, self.inner.config, self.spaces.embed)
         self.does.append(
             f"rotate: the head gets a tensor of its own, {embed.nbytes:,} bytes more before it is quantised"
         )
-        head = TensorInfo(HEAD, embed.dtype, embed.shape, embed.nbytes, embed.file)
-        self.manifest = Manifest({**self.inner.manifest.tensors, HEAD: head}, self.inner.manifest.metadata)
-        self.config = {**self.inner.config, "tie_word_embeddings": False}
         self.spaces = spaces(self.manifest, self.config)
 
     def _norms(self) -> dict[str, torch.Tensor]:
@@ -148,6 +146,13 @@ def rewritten(source: Source, recipe: Recipe) -> Source:
         recipe.rewrites, recipe.options
     )  # what is wrong with them, the plan's checks say
     return RewrittenSource(source, recipe) if sound else source
+
+
+def untied(manifest: Manifest, config: dict[str, Any], embed: str) -> tuple[Manifest, dict[str, Any]]:
+    """Manifest and config of a model whose head has a tensor of its own, of the embedding's shape."""
+    like = manifest[embed]
+    head = TensorInfo(HEAD, like.dtype, like.shape, like.nbytes, like.file)
+    return Manifest({**manifest.tensors, HEAD: head}, manifest.metadata), {**config, "tie_word_embeddings": False}
 
 
 def _pack(s: torch.Tensor) -> str:

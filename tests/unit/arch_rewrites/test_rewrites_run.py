@@ -23,8 +23,8 @@ SAMPLE = Path(__file__).parents[3] / "samples" / "sample"
 CALIB = {"calib_samples": 4, "calib_length": 48}
 
 
-def checkpoint(folder: Path, model_type: str = "llama", dtype: torch.dtype = torch.bfloat16) -> Path:
-    make(model_type, folder, dtype, vocab_size=8192)
+def checkpoint(folder: Path, model_type: str = "llama", dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
+    make(model_type, folder, dtype, vocab_size=8192, **changes)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((SAMPLE / name).read_bytes())
     return folder
@@ -190,3 +190,15 @@ def test_rows_equal_the_whole_tensor(tmp_path: Path) -> None:
 
 def test_families_named_here_exist() -> None:
     assert {"llama", "gemma2", "phi3", "gpt2", "qwen3_moe"} <= set(MODELS)
+
+
+def test_a_rotated_gguf_reads_as_the_same_model(tmp_path: Path) -> None:
+    """Rotation unties the head: the file has an output.weight of its own, which evaluation takes."""
+    from fewbit.eval.gguf_view import open_candidate
+
+    model = checkpoint(tmp_path / "model", "qwen2", tie_word_embeddings=True)
+    out = api.quantize(model, to="gguf:pure-F32", rewrites=["rotate"], out=tmp_path / "out", verify=False).outputs[0]
+    tokens = torch.randint(5, 8000, (1, 16), generator=torch.Generator().manual_seed(0))
+    with open_source(model) as before, open_candidate(out, before) as after:
+        wanted, found = hidden(before, tokens), hidden(after, tokens)  # type: ignore[arg-type]
+    assert float((found - wanted).norm() / wanted.norm()) < 0.02
