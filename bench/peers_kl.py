@@ -35,7 +35,7 @@ def peer(name: str, bits: int, out: Path, tokens: Path, iters: int) -> dict[str,
     common = {"model": str(SAMPLE), "out": str(out), "calibration": str(tokens)}
     if name.startswith("llmcompressor"):
         weights = {"num_bits": bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": 128}
-        job = {**common, "method": name.partition("-")[2], "weights": weights, "dtype": "float32"}
+        job = {**common, "method": name.partition("-")[2], "weights": weights}
         done = run_driver("llmcompressor", "llmcompressor", job, timeout=3600)
         return {"out": out, "seconds": done["quantize_seconds"], "wall": done["wall_seconds"], "peak_mb": done["peak_rss_mb"]}
     job = {**common, "bits": bits, "group_size": 128, "sym": False, "iters": iters}
