@@ -1,0 +1,149 @@
+"""`fewbit run MODEL -p TEXT`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fewbit.cli.output import print_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from fewbit.run.source import Source
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="checkpoint of any format")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="text to continue")],
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="tokens to generate at most")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="sample among the most probable tokens of this share")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the model's chat template")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32: what is computed in")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout at the end")] = False,
+) -> None:
+    """Generates text in this process, quantised weights staying quantised; tokens per second and memory on stderr."""
+    from fewbit.run.calib import Document, Tokens
+
+    with _open(model) as source:
+        tokenizer = Tokens(source.root if source.root.is_dir() else source.root.parent)
+        module, facts = _load(source, dtype)
+        config = source.config
+    ids = tokenizer.ids(Document("" if chat else prompt, ({"role": "user", "content": prompt},) if chat else ()))
+    text, speed = _stream(
+        module, tokenizer, ids, _stops(config, tokenizer), not json, (tokens, temperature, top_p, seed)
+    )
+    record = {"model": model, "prompt": prompt, "text": text, **speed, **facts}
+    print_json("fewbit.run/1", record) if json else print(_summary(record), file=sys.stderr)
+
+
+def _open(model: str) -> Source:
+    from fewbit.formats.gguf.metadata import GgufManifest
+    from fewbit.run.gguf_source import GgufAsCheckpoint
+    from fewbit.run.source import open_source
+
+    source = open_source(model)
+    return GgufAsCheckpoint(source) if isinstance(source.checkpoint.manifest, GgufManifest) else source
+
+
+def _load(source: Source, word: str) -> tuple[Any, dict[str, Any]]:
+    """The model with its weights, and what to tell of it."""
+    import time
+
+    from fewbit.base.errors import InputError
+    from fewbit.run.hf import bind, build_model
+    from fewbit.runtime.load import fill
+
+    started = time.perf_counter()
+    chosen = _dtype(word, source)
+    module = build_model(source.config)
+    if not hasattr(module, "generate") or not module.can_generate():
+        raise InputError("FB-E0907", f"a {type(module).__name__} does not generate text")
+
+    def get(name: str) -> Any:
+        q = source.qtensor(name)
+        return source.read(name) if q is None else q
+
+    loaded = fill(module, bind(module, source.manifest).values(), get, chosen)
+    facts = {
+        "format": source.format.name if source.format else "plain",
+        "dtype": str(chosen).removeprefix("torch."),
+        "kernels": loaded.kernels,
+        "quantised_layers": len(loaded.quantised),
+        "decoded_tensors": len(loaded.decoded),
+        "weight_bytes": loaded.bytes,
+        "load_seconds": time.perf_counter() - started,
+    }
+    return module, facts
+
+
+def _dtype(word: str, source: Source) -> torch.dtype:
+    import torch
+
+    from fewbit.base.errors import InputError
+
+    if word == "auto":
+        word = str(source.config.get("torch_dtype") or source.config.get("dtype") or "bfloat16")
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if word not in known:
+        raise InputError("FB-E0907", f"--dtype is auto or one of {', '.join(known)}, got {word!r}")
+    return known[word]
+
+
+def _stops(config: dict[str, Any], tokenizer: Any) -> set[int]:
+    """Ids that end a text: the config's and the tokenizer's."""
+    ends = config.get("eos_token_id")
+    found = set(ends) if isinstance(ends, list) else {ends}
+    return {end for end in (*found, *tokenizer.separator) if end is not None}
+
+
+def _stream(
+    module: Any, tokenizer: Any, ids: list[int], stops: set[int], show: bool, options: tuple[int, float, float, int]
+) -> tuple[str, dict[str, Any]]:
+    """Generates, printing text as it comes; the text, and how fast it came."""
+    import resource
+    import time
+
+    from fewbit.runtime.generate import generate
+
+    count, temperature, top_p, seed = options
+    found: list[int] = []
+    times = [time.perf_counter()]
+    text = ""
+    for token in generate(module, ids, count, temperature=temperature, top_p=top_p, seed=seed, stop=stops):
+        found.append(token)
+        times.append(time.perf_counter())
+        whole = tokenizer.inner.decode(found, skip_special_tokens=True)
+        if show and not whole.endswith("\ufffd"):  # a character may need several tokens
+            print(whole[len(text) :], end="", flush=True)
+            text = whole
+    whole = tokenizer.inner.decode(found, skip_special_tokens=True)
+    if show:
+        print(whole[len(text) :])
+    first = times[1] - times[0] if found else None
+    speed = {
+        "prompt_tokens": len(ids),
+        "tokens": len(found),
+        "first_token_seconds": first,
+        "tokens_per_second": (len(found) - 1) / (times[-1] - times[1]) if len(found) > 1 else None,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    return whole, speed
+
+
+def _summary(record: dict[str, Any]) -> str:
+    """Two lines on speed and memory."""
+    speed = record["tokens_per_second"]
+    rate = f"{speed:.1f} tokens/s" if speed else "too few tokens to tell a speed"
+    first = f", first after {record['first_token_seconds']:.2f} s" if record["first_token_seconds"] else ""
+    kernels = ", ".join(f"{count} x {name}" for name, count in record["kernels"].items()) or "none quantised"
+    decoded = f", {record['decoded_tensors']} stored tensors decoded" if record["decoded_tensors"] else ""
+    return (
+        f"{record['prompt_tokens']} + {record['tokens']} tokens, {rate}{first}\n"
+        f"{record['format']}, {record['dtype']}; layers: {kernels}{decoded}; "
+        f"weights {record['weight_bytes'] / 1e6:.1f} MB, process at most {record['peak_bytes'] / 1e6:.0f} MB"
+    )
