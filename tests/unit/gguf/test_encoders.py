@@ -41,7 +41,8 @@ def test_no_worse_than_the_plain_reference(name: str) -> None:
     )
     q = quantize(scheme, w, h)
     q.check()
-    assert error(w, q, h) <= 1.05 * error(w, reference, h)  # the reference tries three times as many scales
+    allowed = 1.08 if name == "Q8_0" else 1.05  # the reference tries three (Q8_0: seven) times as many scales
+    assert error(w, q, h) <= allowed * error(w, reference, h)
 
 
 @pytest.mark.parametrize("name", FITTED)
