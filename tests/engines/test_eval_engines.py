@@ -12,10 +12,10 @@ import pytest
 import torch
 from harness import interpreter, load_arrays, require_env
 
+from fewbit.base.errors import InputError
 from fewbit.eval.engines.engine import find_engine
 from fewbit.eval.fidelity import Options, study
 from fewbit.eval.measures import compare
-from fewbit.base.errors import InputError
 
 pytestmark = pytest.mark.engines
 

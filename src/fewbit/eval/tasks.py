@@ -103,6 +103,12 @@ def harness_model(runner: Runner, tokenizer: Tokens) -> Any:
     return Harness()
 
 
+def _shared(context: Sequence[int], whole: Sequence[int]) -> int:
+    """How many tokens the context keeps when the continuation follows it: fewer than it has where they merge; one is always left to score."""
+    differs = next((i for i, (a, b) in enumerate(zip(context, whole, strict=False)) if a != b), min(len(context), len(whole)))
+    return max(1, min(differs, len(whole) - 1))
+
+
 class Likelihoods:
     """What lm_eval asks, answered through the block stream."""
 
@@ -121,7 +127,7 @@ class Likelihoods:
             trimmed = context.rstrip()
             continuation, context = context[len(trimmed) :] + continuation, trimmed  # spaces belong to the words after them
             whole = self._ids(context + continuation) if context else self._start + self._ids(continuation)
-            before = len(self._ids(context)) if context else 1
+            before = _shared(self._ids(context), whole) if context else 1
             rows.append((whole[-self.most - 1 :], min(len(whole) - before, self.most)))
         return self.scored(rows)
 

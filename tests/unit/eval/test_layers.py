@@ -11,8 +11,8 @@ from fewbit.eval.fidelity import Options, study
 from fewbit.eval.layers import layer_report
 from fewbit.eval.stream import Runner
 from fewbit.eval.windows import Windows, windows
-from fewbit.num.scheme import parse_scheme
 from fewbit.math.scales import quantize
+from fewbit.num.scheme import parse_scheme
 from fewbit.run.source import Source, open_source
 
 ROOT = Path(__file__).parents[3]
