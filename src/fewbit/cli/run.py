@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,13 +25,16 @@ def command(
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the model's chat template")] = False,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32: what is computed in")] = "auto",
+    tokenizer_from: Annotated[
+        Path | None, typer.Option("--tokenizer", help="folder with the tokenizer, where the checkpoint has none")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout at the end")] = False,
 ) -> None:
     """Generates text in this process, quantised weights staying quantised; tokens per second and memory on stderr."""
     from fewbit.run.calib import Document, Tokens
 
     with _open(model) as source:
-        tokenizer = Tokens(source.root if source.root.is_dir() else source.root.parent)
+        tokenizer = Tokens(tokenizer_from or (source.root if source.root.is_dir() else source.root.parent))
         module, facts = _load(source, dtype)
         config = source.config
     ids = tokenizer.ids(Document("" if chat else prompt, ({"role": "user", "content": prompt},) if chat else ()))

@@ -1,0 +1,36 @@
+"""`fewbit run` on the sample: a JSON document, text, and errors with their exit status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fewbit.cli.app import run
+
+SAMPLE = str(Path(__file__).parents[3] / "samples" / "sample")
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["run", SAMPLE, "-p", "The history of", "-n", "4", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["schema"] == "fewbit.run/1" and record["tokens"] == 4 and record["text"].strip()
+    assert record["weight_bytes"] > 16_000_000
+    assert record["quantised_layers"] == 0 and record["tokens_per_second"] > 0
+
+
+def test_text_goes_to_stdout_and_figures_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["run", SAMPLE, "-p", "The history of", "-n", "3", "--temperature", "0.8", "--dtype", "float32"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.strip() and "tokens/s" in shown.err and "tokens/s" not in shown.out
+
+
+@pytest.mark.parametrize("options", (["--dtype", "int7"], ["--top-p", "0"], ["-p", ""]))
+def test_refusals(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["run", SAMPLE, "-p", "x", *options]) == 2
+    assert "FB-E0907" in capsys.readouterr().err
+
+
+def test_no_model(tmp_path: Path) -> None:
+    assert run(["run", str(tmp_path / "none"), "-p", "x"]) == 2
