@@ -31,7 +31,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 class Tags(HTMLParser):
-    VOID = {"meta", "link", "br", "rect", "line", "circle", "path", "polyline"}
+    VOID = frozenset({"meta", "link", "br", "rect", "line", "circle", "path", "polyline"})
 
     def __init__(self) -> None:
         super().__init__()
