@@ -87,6 +87,8 @@ def _ct_vllm_cpu(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
         return f"runs integer weights at 4 bits only, got {affine.bits}"
     if is_nvfp4(scheme) or mx_element(scheme) is not None:
         return f"has no kernel for {scheme}"
+    if fp8_scale(scheme) is not None and scheme.blocks.cols:
+        return _fp8_vllm_cpu(scheme, shape)
     return _ct_vllm(scheme, shape)
 
 
@@ -136,6 +138,12 @@ def _fp8_vllm(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
     return None
 
 
+def _fp8_vllm_cpu(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
+    if scheme.blocks.cols:
+        return "runs FP8 tiles on processors with AMX only (Sapphire Rapids or newer)"
+    return _fp8_vllm(scheme, shape)
+
+
 def _modelopt(*known: str) -> Rule:
     def rule(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
         name = algorithm(scheme)
@@ -162,7 +170,7 @@ _RULES: dict[tuple[str, str], Rule] = {
     ("auto-round", "sglang"): _autoround_vllm,
     ("fp8", "transformers"): _fp8_transformers,
     ("fp8", "vllm"): _fp8_vllm,
-    ("fp8", "vllm-cpu"): _fp8_vllm,
+    ("fp8", "vllm-cpu"): _fp8_vllm_cpu,
     ("fp8", "sglang"): _fp8_vllm,
     ("modelopt", "vllm"): _modelopt("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8"),
     ("modelopt", "sglang"): _modelopt("FP8", "NVFP4"),
