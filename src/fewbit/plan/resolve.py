@@ -202,11 +202,13 @@ def _job(
             ops, shape = ("transpose",), known.matrix_shape(info.shape)
         scheme = form.conform(scheme, info.dtype)
         misfit = form.accepts(scheme, shape)
-        if misfit is None and ops and form.name != "dense":
+        if misfit is None and ops and not form.name.startswith("dense"):
             misfit = f"this layer is stored [in, out] (Conv1D), which loaders of {form.name} do not know"
         if misfit is not None and recipe.on_misfit == "refuse":
             errors.append(InputError("FB-E0602", f"{form.name} {scheme}: {misfit}", tensor=tensor, remedy=f"--rule '{tensor}=keep', --on-misfit keep, or another scheme"))
         if misfit is not None:
             scheme, ops, shape, solver, reason = None, (), info.shape, "", f"kept: {misfit}"
     writes = form.parts(tensor, scheme, shape) if scheme is not None else {tensor: (info.dtype, info.shape)}
+    if ops:  # solved [out, in], written the way round that it was
+        writes = {name: (dtype, (*sizes[:-2], sizes[-1], sizes[-2])) for name, (dtype, sizes) in writes.items()}
     return Job(tensor, tensor, (tensor,), ops, shape, info.dtype, known.role, known.layer, scheme, solver, reason, writes)

@@ -160,7 +160,10 @@ class BlockModel:
         slots = self._by_param[full]
         if len(slots) == 1 and slots[0].expert is None:
             found = read(slots[0].name)
-            return found.to(self.device, self.dtype).reshape(like.shape)
+            if tuple(found.shape) != tuple(like.shape):
+                what = f"the checkpoint has {list(found.shape)}, the model wants {list(like.shape)}"
+                raise InputError("FB-E0723", what, tensor=slots[0].name)
+            return found.to(self.device, self.dtype)
         param = torch.empty(like.shape, dtype=self.dtype, device=self.device)
         for slot in slots:
             slot.view(param).copy_(read(slot.name))

@@ -223,6 +223,13 @@ class SafetensorsSink(ShardSink):
         layout = lay_out(parts, max_shard_bytes=shard_bytes)
         super().__init__(output, source, ShardWriter(out, layout, overwrite=overwrite, sources=[source.root]))
 
+    def encode(self, job: Job, q: QTensor) -> dict[str, torch.Tensor]:
+        """As announced; a weight that was turned round for solving is turned back."""
+        parts = super().encode(job, q)
+        if "transpose" in job.ops:
+            parts = {name: tensor.transpose(-1, -2).contiguous() for name, tensor in parts.items()}
+        return parts
+
     def copy(self, job: Job, source: Source) -> None:
         """Copies a kept tensor, through a buffer of bounded size."""
         ((dtype, _),) = job.writes.values()

@@ -147,3 +147,14 @@ def test_the_journal_knows_the_calibration_text(tmp_path: Path) -> None:
 def _raise_on_first_job(event: dict) -> None:
     if event["event"] == "job" and "proj" in event["name"]:
         raise Interrupted("FB-E0511", "stopped by the test")
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_oss", "mixtral", "phi3"])
+def test_a_dense_output_of_eight_bits_stays_close_to_the_model(model_type: str, tmp_path: Path) -> None:
+    model = make(model_type, tmp_path / "model")
+    result = api.quantize(tmp_path / "model", to="dense-f32:int8-channel", out=tmp_path / "out", verify=False)
+    again = AutoModelForCausalLM.from_pretrained(result.outputs[0], dtype=torch.float32).eval()
+    tokens = torch.randint(5, 8000, (2, 24))
+    with torch.no_grad():
+        wanted, found = model(tokens).logits, again(tokens).logits
+    assert (found - wanted).norm() < 0.1 * wanted.norm()
