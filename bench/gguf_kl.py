@@ -32,7 +32,10 @@ sys.path.insert(0, str(ROOT / "tests" / "engines"))
 import ggml  # noqa: E402
 
 SAMPLE = ROOT / "samples" / "sample"
-TEXTS = {"wikitext2-test": ROOT / "samples" / "text" / "wikitext2-test.txt", "books-heldout": ROOT.parent / "shared" / "data" / "books-heldout.txt"}
+TEXTS = {
+    "wikitext2-test": ROOT / "samples" / "text" / "wikitext2-test.txt",
+    "books-heldout": ROOT.parent / "shared" / "data" / "books-heldout.txt",
+}
 
 
 def importance(samples: int = 128) -> dict[str, torch.Tensor]:
@@ -47,7 +50,11 @@ def importance(samples: int = 128) -> dict[str, torch.Tensor]:
             hidden = entry.hidden
             for index in range(len(model)):
                 params = model.load_block(index, source.read)
-                names = {model.local(index, slot): slot.name for slot in model.block_slots(index) if params[model.local(index, slot)].dim() == 2}
+                names = {
+                    model.local(index, slot): slot.name
+                    for slot in model.block_slots(index)
+                    if params[model.local(index, slot)].dim() == 2
+                }
 
                 def add(use: Use, names: dict[str, str] = names) -> None:
                     name = names[use.param]
@@ -75,7 +82,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=12288)
     given = parser.parse_args()
     weights = importance()
-    chosen = {name: windows(str(path), SAMPLE, 512, given.tokens, 8192).tokens for name, path in TEXTS.items() if path.exists()}
+    chosen = {
+        name: windows(str(path), SAMPLE, 512, given.tokens, 8192).tokens
+        for name, path in TEXTS.items()
+        if path.exists()
+    }
     base = {name: logits_of(lambda _n, w: w, tokens) for name, tokens in chosen.items()}
     rows = []
     for kind in given.types:
@@ -92,7 +103,10 @@ def main() -> None:
 
         row: dict[str, object] = {"type": kind, "bits": block_type(kind).bits}
         for text, tokens in chosen.items():
-            kl = {who: float(kl_from_logits(base[text], logits_of(call, tokens)).mean()) for who, call in (("llama.cpp", theirs), ("fewbit", ours))}
+            kl = {
+                who: float(kl_from_logits(base[text], logits_of(call, tokens)).mean())
+                for who, call in (("llama.cpp", theirs), ("fewbit", ours))
+            }
             row[text] = {**kl, "ratio": kl["fewbit"] / kl["llama.cpp"]}
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)

@@ -17,7 +17,12 @@ from fewbit.store.tensors import as_bytes
 from fewbit.store.writer import ShardWriter
 
 # hidden, feed-forward, layers, heads, key-value heads
-SHAPES = {1: (2048, 8192, 16, 32, 8), 2: (2560, 9216, 22, 20, 4), 4: (3072, 9216, 32, 24, 8), 8: (4096, 14336, 32, 32, 8)}
+SHAPES = {
+    1: (2048, 8192, 16, 32, 8),
+    2: (2560, 9216, 22, 20, 4),
+    4: (3072, 9216, 32, 24, 8),
+    8: (4096, 14336, 32, 32, 8),
+}
 VOCAB = 128256
 POOL = 1 << 26
 PIECE = 1 << 24
@@ -62,11 +67,16 @@ def make(out: Path, billions: int, seed: int = 0) -> Path:
     with ShardWriter(out, layout) as writer:
         for name, shape in listed.items():
             _fill(writer, name, shape, pool, generator)
-        writer.finish({"config.json": json.dumps(config, indent=1).encode()}, [sample / "tokenizer.json", sample / "tokenizer_config.json"])
+        writer.finish(
+            {"config.json": json.dumps(config, indent=1).encode()},
+            [sample / "tokenizer.json", sample / "tokenizer_config.json"],
+        )
     return out
 
 
-def _fill(writer: ShardWriter, name: str, shape: tuple[int, ...], pool: torch.Tensor, generator: torch.Generator) -> None:
+def _fill(
+    writer: ShardWriter, name: str, shape: tuple[int, ...], pool: torch.Tensor, generator: torch.Generator
+) -> None:
     numel = torch.Size(shape).numel()
     if len(shape) == 1:
         writer.write(name, torch.ones(shape, dtype=torch.bfloat16))

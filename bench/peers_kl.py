@@ -37,10 +37,20 @@ def peer(name: str, bits: int, out: Path, tokens: Path, iters: int) -> dict[str,
         weights = {"num_bits": bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": 128}
         job = {**common, "method": name.partition("-")[2], "weights": weights}
         done = run_driver("llmcompressor", "llmcompressor", job, timeout=3600)
-        return {"out": out, "seconds": done["quantize_seconds"], "wall": done["wall_seconds"], "peak_mb": done["peak_rss_mb"]}
+        return {
+            "out": out,
+            "seconds": done["quantize_seconds"],
+            "wall": done["wall_seconds"],
+            "peak_mb": done["peak_rss_mb"],
+        }
     job = {**common, "bits": bits, "group_size": 128, "sym": False, "iters": iters}
     done = run_driver("autoround", "autoround", job, timeout=7200)
-    return {"out": Path(done["model_dir"]), "seconds": done["seconds"], "wall": done["wall_seconds"], "peak_mb": done["peak_rss_mb"]}
+    return {
+        "out": Path(done["model_dir"]),
+        "seconds": done["seconds"],
+        "wall": done["wall_seconds"],
+        "peak_mb": done["peak_rss_mb"],
+    }
 
 
 def ours(spec: str, bits: int, out: Path) -> dict[str, Any]:
@@ -53,7 +63,12 @@ def ours(spec: str, bits: int, out: Path) -> dict[str, Any]:
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     record = json.loads(done.stdout)
-    return {"out": out, "seconds": record["seconds"], "wall": time.perf_counter() - started, "peak_mb": record["peak_bytes"] / 1e6}
+    return {
+        "out": out,
+        "seconds": record["seconds"],
+        "wall": time.perf_counter() - started,
+        "peak_mb": record["peak_bytes"] / 1e6,
+    }
 
 
 def main() -> None:
@@ -73,13 +88,19 @@ def main() -> None:
     for bits in given.bits:
         made = {}
         for name in given.peers:
-            made[name] = peer(name, bits, given.folder / f"{name}-{bits}", given.folder / "calibration.npy", given.iters)
+            made[name] = peer(
+                name, bits, given.folder / f"{name}-{bits}", given.folder / "calibration.npy", given.iters
+            )
         for spec in given.ours:
-            made[f"fewbit {spec}"] = ours(spec, bits, given.folder / f"fewbit-{spec.replace(':', '-').replace(',', '-').replace('=', '-')}-{bits}")
+            made[f"fewbit {spec}"] = ours(
+                spec, bits, given.folder / f"fewbit-{spec.replace(':', '-').replace(',', '-').replace('=', '-')}-{bits}"
+            )
         scores = api.evaluate([item["out"] for item in made.values()], SAMPLE, text=str(TEXT), tokens=given.tokens)
         for (name, item), score in zip(made.items(), scores, strict=True):
             kl, error = score.measures["kl"][:2]
-            rows.append({"bits": bits, "who": name, "kl": kl, "stderr": error, **{k: v for k, v in item.items() if k != "out"}})
+            rows.append(
+                {"bits": bits, "who": name, "kl": kl, "stderr": error, **{k: v for k, v in item.items() if k != "out"}}
+            )
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     print(json.dumps({"bench": "peers_kl", "text": TEXT.name, "tokens": given.tokens, "rows": rows}, indent=2))
 

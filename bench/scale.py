@@ -55,10 +55,27 @@ def job(source: Path, output: Path, target: str, options: list[str]) -> tuple[fl
     """(seconds, peak bytes, the job's own record)."""
     forget(source)
     shutil.rmtree(output, ignore_errors=True)
-    command = [sys.executable, "-m", "fewbit.cli.main", "quantize", str(source), "--to", target, "-o", str(output), "--json", "--no-verify", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "fewbit.cli.main",
+        "quantize",
+        str(source),
+        "--to",
+        target,
+        "-o",
+        str(output),
+        "--json",
+        "--no-verify",
+        *options,
+    ]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024, json.loads(done.stdout)
+    return (
+        time.perf_counter() - started,
+        resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+        json.loads(done.stdout),
+    )
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """The command line's words in Python.
 
-    import fewbit as fb
-    result = fb.quantize("samples/sample", to="compressed-tensors:int4-g128", out="out")
-    q = fb.quantize_tensor(w, "int4-g128-asym", method="hqq")
+import fewbit as fb
+result = fb.quantize("samples/sample", to="compressed-tensors:int4-g128", out="out")
+q = fb.quantize_tensor(w, "int4-g128-asym", method="hqq")
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def _decide(source: Source, model: str, recipe: Recipe, out: Path | None, ram: i
 
     if source.quantised and not recipe.requantize:
         assert source.format is not None
-        raise Refusals([InputError("FB-E0410", f"the source is already quantised ({source.format.name})", file=source.root)])
+        raise Refusals(
+            [InputError("FB-E0410", f"the source is already quantised ({source.format.name})", file=source.root)]
+        )
     plan = resolve(source.manifest, source.config, recipe, source=model, files=tokenizer_files(source))
     problems: list[Any] = []
     jobs = [job for output in plan.outputs for job in output.jobs]
@@ -113,7 +115,9 @@ def _disk_problems(plan: Plan, out: Path) -> list[ResourceError]:
     missing = room_for(out, plan.disk_bytes)
     if missing <= 0:
         return []
-    message = f"the outputs take {plan.disk_bytes / 1e9:.2f} GB, {missing / 1e9:.2f} GB more than the disk of {out} has free"
+    message = (
+        f"the outputs take {plan.disk_bytes / 1e9:.2f} GB, {missing / 1e9:.2f} GB more than the disk of {out} has free"
+    )
     return [ResourceError("FB-E0501", message, file=out)]
 
 

@@ -21,10 +21,23 @@ def fewbit(tmp: Path, *args: object) -> subprocess.CompletedProcess[str]:
 
 def test_eval_reports_and_compare_merges(tmp_path: Path) -> None:
     out = tmp_path / "int4"
-    done = fewbit(tmp_path, "quantize", SAMPLE, "--to", "compressed-tensors:int4-g128", "--set", "search=absmax", "--no-verify", "-o", out)
+    done = fewbit(
+        tmp_path,
+        "quantize",
+        SAMPLE,
+        "--to",
+        "compressed-tensors:int4-g128",
+        "--set",
+        "search=absmax",
+        "--no-verify",
+        "-o",
+        out,
+    )
     assert done.returncode == 0, done.stderr
     common = ("--base", SAMPLE, "--text", TEXT, "--tokens", 256, "--length", 128)
-    first = fewbit(tmp_path, "eval", out, *common, "--report", tmp_path / "a", "--look", 0, "--card", "--no-noise", "--generate", 4)
+    first = fewbit(
+        tmp_path, "eval", out, *common, "--report", tmp_path / "a", "--look", 0, "--card", "--no-noise", "--generate", 4
+    )
     assert first.returncode == 0 and "±" in first.stdout and "same tokens, of 4" in first.stdout, first.stderr
     second = fewbit(tmp_path, "eval", SAMPLE, *common, "--report", tmp_path / "b", "--look", 0, "--no-noise", "--json")
     assert second.returncode == 0 and "from the cache" in second.stderr

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from fewbit.base.errors import InputError, Refusals
 from fewbit import api
+from fewbit.base.errors import InputError, Refusals
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "samples" / "sample"
@@ -23,19 +23,35 @@ TEXT = ROOT / "samples" / "text" / "wikitext2-test.txt"
 
 
 def fewbit(*args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, "-m", "fewbit.cli.main", *args], capture_output=True, text=True, cwd=ROOT, timeout=280)
+    done = subprocess.run(
+        [sys.executable, "-m", "fewbit.cli.main", *args], capture_output=True, text=True, cwd=ROOT, timeout=280
+    )
     assert not check or done.returncode == 0, done.stderr
     return done
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
 def int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("int4") / "out"
-    fewbit("quantize", str(SAMPLE), "--to", "compressed-tensors:int4-g128", "--set", "search=absmax", "--no-verify", "-o", str(out))
+    fewbit(
+        "quantize",
+        str(SAMPLE),
+        "--to",
+        "compressed-tensors:int4-g128",
+        "--set",
+        "search=absmax",
+        "--no-verify",
+        "-o",
+        str(out),
+    )
     return out
 
 
@@ -59,7 +75,22 @@ def test_eval_measures_it(int4: Path) -> None:
     done = fewbit("eval", str(int4), "--base", str(SAMPLE), "--text", str(TEXT), "--tokens", "2048", "--json")
     score = json.loads(done.stdout)["scores"][0]
     assert 0.01 < score["kl"]["value"] < 0.08 and score["kl"]["stderr"] > 0
-    assert fewbit("eval", str(int4), "--base", str(SAMPLE), "--text", str(TEXT), "--tokens", "512", "--max-kl", "1e-6", check=False).returncode == 4
+    assert (
+        fewbit(
+            "eval",
+            str(int4),
+            "--base",
+            str(SAMPLE),
+            "--text",
+            str(TEXT),
+            "--tokens",
+            "512",
+            "--max-kl",
+            "1e-6",
+            check=False,
+        ).returncode
+        == 4
+    )
 
 
 def test_a_dense_copy_is_exact(tmp_path: Path) -> None:
@@ -71,12 +102,25 @@ def test_a_dense_copy_is_exact(tmp_path: Path) -> None:
 def test_many_outputs_from_one_run(tmp_path: Path) -> None:
     targets = ("compressed-tensors:int8-channel", "compressed-tensors:fp8", "dense:nf4-g64")
     result = api.quantize(SAMPLE, to=targets, out=tmp_path / "out", verify=False)
-    assert [path.name for path in result.outputs] == ["compressed-tensors-int8-channel", "compressed-tensors-fp8", "dense-nf4-g64"]
+    assert [path.name for path in result.outputs] == [
+        "compressed-tensors-int8-channel",
+        "compressed-tensors-fp8",
+        "dense-nf4-g64",
+    ]
     assert all((path / "config.json").exists() for path in result.outputs)
 
 
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
-    done = fewbit("quantize", str(SAMPLE), "--to", "compressed-tensors:int4-g128", "--dry-run", "--json", "-o", str(tmp_path / "out"))
+    done = fewbit(
+        "quantize",
+        str(SAMPLE),
+        "--to",
+        "compressed-tensors:int4-g128",
+        "--dry-run",
+        "--json",
+        "-o",
+        str(tmp_path / "out"),
+    )
     plan = json.loads(done.stdout)
     assert plan["schema"] == "fewbit.dry-run/1" and len(plan["outputs"][0]["jobs"]) == 74
     assert list(tmp_path.iterdir()) == []
@@ -124,7 +168,9 @@ def test_kill_9_and_the_same_command_give_the_same_bytes(tmp_path: Path, seed: i
     command = [sys.executable, "-m", "fewbit.cli.main", "quantize", str(SAMPLE), *KILL, "-o", str(out)]
     delay = random.Random(seed)
     for _ in range(3):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
+        )
         _wait_for_work(out, process)
         time.sleep(delay.uniform(0.0, 0.4))
         process.send_signal(signal.SIGKILL)
@@ -141,7 +187,20 @@ def _wait_for_work(out: Path, process: subprocess.Popen) -> None:
 
 def test_ctrl_c_leaves_a_resumable_folder_and_says_how(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "fewbit.cli.main", "quantize", str(SAMPLE), "--to", "dense:nf4-g64", "--set", "steps=200", "--no-verify", "-o", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "fewbit.cli.main",
+        "quantize",
+        str(SAMPLE),
+        "--to",
+        "dense:nf4-g64",
+        "--set",
+        "steps=200",
+        "--no-verify",
+        "-o",
+        str(out),
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     _wait_for_work(out, process)
     process.send_signal(signal.SIGINT)
@@ -152,7 +211,20 @@ def test_ctrl_c_leaves_a_resumable_folder_and_says_how(tmp_path: Path) -> None:
 
 def test_changed_options_are_refused_by_name(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "fewbit.cli.main", "quantize", str(SAMPLE), "--to", "dense:nf4-g64", "--set", "steps=200", "--no-verify", "-o", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "fewbit.cli.main",
+        "quantize",
+        str(SAMPLE),
+        "--to",
+        "dense:nf4-g64",
+        "--set",
+        "steps=200",
+        "--no-verify",
+        "-o",
+        str(out),
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _wait_for_work(out, process)
     process.kill()

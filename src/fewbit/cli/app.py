@@ -87,7 +87,9 @@ def _tell(error: FewbitError, as_json: bool, args: list[str]) -> None:
         print(json.dumps({"schema": "fewbit.error/1", "error": error.record()}, ensure_ascii=False))
         return
     shown = error.errors if isinstance(error, Refusals) else [error]
-    bold, dim, off = ("\033[1;31m", "\033[2m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "", "")
+    bold, dim, off = (
+        ("\033[1;31m", "\033[2m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "", "")
+    )
     for item in shown[:20]:
         print(f"{bold}error{off} {item.code}: {item.message}", file=sys.stderr)
         for label, text in (("tensor", item.tensor), ("file", item.file), ("hint", item.remedy)):

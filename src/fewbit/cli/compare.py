@@ -11,7 +11,9 @@ from fewbit.cli.output import print_json
 
 
 def command(
-    reports: Annotated[list[Path], typer.Argument(help="report.json files of `fewbit eval --report`, or the folders that hold them")],
+    reports: Annotated[
+        list[Path], typer.Argument(help="report.json files of `fewbit eval --report`, or the folders that hold them")
+    ],
     report: Annotated[Path | None, typer.Option(help="folder for a common report.html and report.json")] = None,
     json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ) -> None:

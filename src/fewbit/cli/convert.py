@@ -15,7 +15,9 @@ def command(
     to: Annotated[str, typer.Option(help="FORMAT or FORMAT:SCHEME")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="output folder")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would become of every weight, and stop")] = False,
-    allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="go on where values change by more than a re-gridding")] = False,
+    allow_lossy: Annotated[
+        bool, typer.Option("--allow-lossy", help="go on where values change by more than a re-gridding")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output")] = False,
     json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ) -> None:

@@ -41,7 +41,10 @@ def command(json: Annotated[bool, typer.Option("--json", help="one JSON document
         f"torch {found['torch']['version']}, {found['torch']['devices'] or 'no GPU: everything runs on the CPU'}",
         f"numba {found['numba']['version']}: {found['numba']['state']}",
     ]
-    rows = [(name, item["version"] or "missing", item["for"], "" if item["version"] else f"pip install '{item['install']}'") for name, item in found["optional"].items()]
+    rows = [
+        (name, item["version"] or "missing", item["for"], "" if item["version"] else f"pip install '{item['install']}'")
+        for name, item in found["optional"].items()
+    ]
     print(render(*lines, "", table([("package", "left"), ("version", "left"), ("for", "left"), ("", "left")], rows)))
 
 
@@ -52,7 +55,9 @@ def examine() -> dict[str, Any]:
 
     from fewbit import __version__
 
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    devices = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     memory = psutil.virtual_memory()
     return {
         "fewbit": __version__,
@@ -68,7 +73,8 @@ def examine() -> dict[str, Any]:
         "torch": {"version": torch.__version__, "devices": ", ".join(devices)},
         "numba": _numba(),
         "optional": {
-            name: {"version": _version(name), "install": install, "for": purpose} for name, (install, purpose) in OPTIONAL.items()
+            name: {"version": _version(name), "install": install, "for": purpose}
+            for name, (install, purpose) in OPTIONAL.items()
         },
     }
 

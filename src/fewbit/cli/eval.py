@@ -35,15 +35,25 @@ def command(
         str, typer.Option(help="auto, off, or a folder: keep the base's distributions for the next time")
     ] = "auto",
     noise: Annotated[bool, typer.Option(help="compare the base with itself in bfloat16 too")] = True,
-    generate: Annotated[int, typer.Option(min=0, help="continue 16 prompts greedily by so many tokens and compare")] = 0,
+    generate: Annotated[
+        int, typer.Option(min=0, help="continue 16 prompts greedily by so many tokens and compare")
+    ] = 0,
     tasks: Annotated[str, typer.Option(help="tasks of lm_eval, or their YAML files, separated by commas")] = "",
     task_limit: Annotated[int | None, typer.Option(min=1, help="questions per task at most")] = None,
-    embed: Annotated[bool, typer.Option("--embed", help="compare embeddings and the order in which they rank passages")] = False,
-    engine: Annotated[str | None, typer.Option(help="also run the candidates in llama.cpp, vllm or transformers itself")] = None,
+    embed: Annotated[
+        bool, typer.Option("--embed", help="compare embeddings and the order in which they rank passages")
+    ] = False,
+    engine: Annotated[
+        str | None, typer.Option(help="also run the candidates in llama.cpp, vllm or transformers itself")
+    ] = None,
     engine_python: Annotated[str | None, typer.Option(help="interpreter that has the engine")] = None,
-    look: Annotated[int | None, typer.Option(min=0, help="candidates to look at layer by layer [default: 1 with --report, else 0]")] = None,
+    look: Annotated[
+        int | None, typer.Option(min=0, help="candidates to look at layer by layer [default: 1 with --report, else 0]")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="folder for report.html and report.json")] = None,
-    card: Annotated[bool, typer.Option("--card", help="write a model card, README.md, into each candidate's folder")] = False,
+    card: Annotated[
+        bool, typer.Option("--card", help="write a model card, README.md, into each candidate's folder")
+    ] = False,
     max_kl: Annotated[
         float | None, typer.Option(help="exit with status 4 when a candidate's mean KL exceeds this")
     ] = None,
@@ -60,7 +70,19 @@ def command(
 
     folder = {"auto": default_folder(), "off": None}.get(cache, Path(cache))
     wishes = Wishes(generate, tuple(task for task in tasks.split(",") if task), task_limit, embed)
-    options = Options(text, tokens, length, skip, chat, device, parse_size(ram) if ram else None, folder, noise, look if look is not None else int(report is not None), wishes)
+    options = Options(
+        text,
+        tokens,
+        length,
+        skip,
+        chat,
+        device,
+        parse_size(ram) if ram else None,
+        folder,
+        noise,
+        look if look is not None else int(report is not None),
+        wishes,
+    )
     real = find_engine(engine, engine_python, device) if engine else None
     made = study(candidates, base, options, lambda line: print(line, file=sys.stderr), real)
     record = made.record()

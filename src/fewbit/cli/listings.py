@@ -18,7 +18,10 @@ def formats(json: Annotated[bool, typer.Option("--json", help="one JSON document
     rows = [format_named(name) for name in format_names()]
     schemes = {name: scheme.bits_per_weight((4096, 4096)) for name, scheme in presets().items()}
     if json:
-        listed = [{"name": r.name, "summary": r.summary, "default": r.default_scheme, "engines": list(r.engines)} for r in rows]
+        listed = [
+            {"name": r.name, "summary": r.summary, "default": r.default_scheme, "engines": list(r.engines)}
+            for r in rows
+        ]
         print_json("fewbit.formats/1", {"formats": listed, "presets": schemes})
         return
     columns = [("format", "left"), ("what", "left"), ("default", "left"), ("loaded by", "left")]
@@ -27,7 +30,15 @@ def formats(json: Annotated[bool, typer.Option("--json", help="one JSON document
         [("preset", "left"), ("written out", "left"), ("bits/w at 4096x4096", "right")],
         [(name, long_spelling(parse_scheme(name)), f"{bits:.4f}") for name, bits in schemes.items()],
     )
-    print(render(made, "", named, "", "A scheme is GRID[-BLOCKS][-asym|-min][-SCALE][-dq][+ACTIVATION], e.g. int4-g128-asym, nf4-g64-dq, int8-channel+int8-token."))
+    print(
+        render(
+            made,
+            "",
+            named,
+            "",
+            "A scheme is GRID[-BLOCKS][-asym|-min][-SCALE][-dq][+ACTIVATION], e.g. int4-g128-asym, nf4-g64-dq, int8-channel+int8-token.",
+        )
+    )
 
 
 def methods(json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False) -> None:
@@ -37,8 +48,13 @@ def methods(json: Annotated[bool, typer.Option("--json", help="one JSON document
 
     rows = list(SOLVERS.values())
     if json:
-        listed = [{"name": r.name, "summary": r.summary, "needs": sorted(r.needs), "options": dict(r.options)} for r in rows]
+        listed = [
+            {"name": r.name, "summary": r.summary, "needs": sorted(r.needs), "options": dict(r.options)} for r in rows
+        ]
         print_json("fewbit.methods/1", {"methods": listed})
         return
-    cells = [(r.name, r.summary, ", ".join(sorted(r.needs)) or "nothing", " ".join(f"{k}={v}" for k, v in r.options.items())) for r in rows]
+    cells = [
+        (r.name, r.summary, ", ".join(sorted(r.needs)) or "nothing", " ".join(f"{k}={v}" for k, v in r.options.items()))
+        for r in rows
+    ]
     print(render(table([("method", "left"), ("what", "left"), ("needs", "left"), ("--set", "left")], cells)))

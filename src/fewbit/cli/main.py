@@ -16,7 +16,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "run": ("fewbit.cli.run", "Make", "generate text from any checkpoint"),
     "plan": ("fewbit.cli.plan", "Decide", "memory, speed bounds and what fits, from headers alone"),
     "advise": ("fewbit.cli.advise", "Decide", "ranked choices for a device, an engine and a task, with reasons"),
-    "explain": ("fewbit.cli.explain", "Decide", "the number lab: formats, numbers and quantisation step by step; error codes"),
+    "explain": (
+        "fewbit.cli.explain",
+        "Decide",
+        "the number lab: formats, numbers and quantisation step by step; error codes",
+    ),
     "eval": ("fewbit.cli.eval", "Prove", "perplexity, KL divergence and flips of candidates against a base"),
     "verify": ("fewbit.cli.verify", "Prove", "complete, finite, decodes to the source, loads for real"),
     "compare": ("fewbit.cli.compare", "Prove", "several evaluated runs in one table and report"),
@@ -31,7 +35,12 @@ def front_page() -> str:
     """The text of `fewbit --help`."""
     import importlib.util
 
-    lines = ["Usage: fewbit COMMAND [OPTIONS]", "", "Any checkpoint in the fewest bits that keep its answers, and the proof.", ""]
+    lines = [
+        "Usage: fewbit COMMAND [OPTIONS]",
+        "",
+        "Any checkpoint in the fewest bits that keep its answers, and the proof.",
+        "",
+    ]
     group = ""
     for name, (module, heading, summary) in COMMANDS.items():
         if importlib.util.find_spec(module.partition(":")[0]) is None:
@@ -40,7 +49,12 @@ def front_page() -> str:
             lines.append(f"{heading}:")
             group = heading
         lines.append(f"  {name:<10} {summary}")
-    lines += ["", "  fewbit COMMAND --help     all options of a command", "  fewbit --version", "  fewbit --install-completion"]
+    lines += [
+        "",
+        "  fewbit COMMAND --help     all options of a command",
+        "  fewbit --version",
+        "  fewbit --install-completion",
+    ]
     return "\n".join(lines)
 
 

@@ -30,7 +30,12 @@ def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
             default=None,
             annotation=Annotated[
                 list[str] | None if name in REPEATED else _flag_type(info.annotation) | None,
-                typer.Option(FLAG_NAMES.get(name, f"--{name.replace('_', '-')}"), help=_help(info), show_default=False, rich_help_panel="Recipe"),
+                typer.Option(
+                    FLAG_NAMES.get(name, f"--{name.replace('_', '-')}"),
+                    help=_help(info),
+                    show_default=False,
+                    rich_help_panel="Recipe",
+                ),
             ],
         )
         for name, info in Recipe.model_fields.items()
@@ -39,7 +44,10 @@ def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
         "recipe_file",
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
-        annotation=Annotated[Path | None, typer.Option("--recipe", help="recipe file (YAML); flags given beside it win", rich_help_panel="Recipe")],
+        annotation=Annotated[
+            Path | None,
+            typer.Option("--recipe", help="recipe file (YAML); flags given beside it win", rich_help_panel="Recipe"),
+        ],
     )
 
     def command(**given: Any) -> None:
@@ -55,7 +63,9 @@ def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
 
 def build_recipe(file: Path | None, fields: dict[str, Any]) -> Recipe:
     """A recipe from a file and flags; flags that were not given are None (or empty lists)."""
-    base = recipe_from_yaml(file.read_text(encoding="utf-8"), file=file).model_dump(exclude_defaults=True) if file else {}
+    base = (
+        recipe_from_yaml(file.read_text(encoding="utf-8"), file=file).model_dump(exclude_defaults=True) if file else {}
+    )
     given = {name: value for name, value in fields.items() if value not in (None, [])}
     if "options" in given:
         given["options"] = {**base.get("options", {}), **dict(parse_option(text) for text in given["options"])}

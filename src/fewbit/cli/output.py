@@ -42,7 +42,11 @@ class _Lines:
         if event["event"] == "start":
             self.first = event["done"]
             resumed = f", {event['resumed']} done before" if event.get("resumed") else ""
-            print(f"{event['jobs']} tensors, {event['total'] / 1e6:.1f} million weights{resumed}", file=sys.stderr, flush=True)
+            print(
+                f"{event['jobs']} tensors, {event['total'] / 1e6:.1f} million weights{resumed}",
+                file=sys.stderr,
+                flush=True,
+            )
         elif event["event"] == "note":
             print(event["text"], file=sys.stderr, flush=True)
         elif event["event"] == "job" and now - self.last >= EVERY:
@@ -63,7 +67,14 @@ def _bar() -> Iterator[Callable[[dict[str, Any]], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (BarColumn(), TextColumn("{task.percentage:5.1f}%"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (
+        BarColumn(),
+        TextColumn("{task.percentage:5.1f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task("", total=None)
 

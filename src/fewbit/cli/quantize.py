@@ -16,15 +16,23 @@ from fewbit.plan.recipe import Recipe, parse_size
 def command(
     model: Annotated[str, typer.Argument(help="folder, .safetensors or .gguf file, or hub id")],
     recipe: Recipe,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="output folder; several outputs get a folder each in it")] = None,
-    ram: Annotated[str | None, typer.Option(help="hard limit of resident memory, e.g. 8GB [default: 3/4 of what is free]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="output folder; several outputs get a folder each in it")
+    ] = None,
+    ram: Annotated[
+        str | None, typer.Option(help="hard limit of resident memory, e.g. 8GB [default: 3/4 of what is free]")
+    ] = None,
     vram: Annotated[str | None, typer.Option(help="limit of device memory, e.g. 20GB")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto")] = "auto",
     workers: Annotated[int | None, typer.Option(min=1, help="tensors in flight at most")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done to every tensor, and stop")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show what would be done to every tensor, and stop")
+    ] = False,
     verify: Annotated[bool, typer.Option(help="decode every tensor afterwards and compare it with the source")] = True,
-    strict: Annotated[bool, typer.Option("--strict", help="fail when a solver had to fall back on too many tensors")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="fail when a solver had to fall back on too many tensors")
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
     json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout, logs on stderr")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="errors only")] = False,

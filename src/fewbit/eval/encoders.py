@@ -80,5 +80,12 @@ def embedding_table(names: list[str], found: list[EmbeddingScore]) -> dict[str, 
         return {"value": value[0] * scale, "stderr": value[1] * scale}
 
     heads = ["candidate", "cosine", f"nearest {found[0].nearest} kept, %", "same nearest, %", "rank correlation"]
-    rows = [[name, cell(item.cosine), cell(item.overlap, 100), cell(item.first, 100), cell(item.order)] for name, item in zip(names, found, strict=True)]
-    return {"heads": heads, "rows": rows, "note": f"{found[0].passages} passages, each a query against all others, by mean-pooled hidden states."}
+    rows = [
+        [name, cell(item.cosine), cell(item.overlap, 100), cell(item.first, 100), cell(item.order)]
+        for name, item in zip(names, found, strict=True)
+    ]
+    return {
+        "heads": heads,
+        "rows": rows,
+        "note": f"{found[0].passages} passages, each a query against all others, by mean-pooled hidden states.",
+    }

@@ -29,7 +29,9 @@ class Wishes:
 class Extras:
     """The wishes being carried out."""
 
-    def __init__(self, wishes: Wishes, base: Runner, chosen: Windows, tokenizer: Callable[[], Tokens], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, wishes: Wishes, base: Runner, chosen: Windows, tokenizer: Callable[[], Tokens], say: Callable[[str], None]
+    ) -> None:
         """Runs the base on what is wished for.
 
         Raises:
@@ -64,7 +66,9 @@ class Extras:
             self.tasks.append((name, self._run_tasks(runner)))
         if self.wishes.generate:
             self._say("continuing prompts")
-            self.spoken.append(continuations(self.prompts, self.expected, Resident(runner).greedy(self.prompts, self.wishes.generate)))
+            self.spoken.append(
+                continuations(self.prompts, self.expected, Resident(runner).greedy(self.prompts, self.wishes.generate))
+            )
         if self.wishes.embed:
             self._say("embeddings")
             self.alike.append(compare_embeddings(self.vectors, embeddings(runner, self.chosen), self.chosen.clusters))
@@ -74,7 +78,9 @@ class Extras:
         made: dict[str, Any] = {}
         if self.wishes.generate and self.names:
             made["generation"] = generation_table(self.names, self.spoken)
-            made["generation"]["examples"] = {name: self._example(item) for name, item in zip(self.names, self.spoken, strict=True)}
+            made["generation"]["examples"] = {
+                name: self._example(item) for name, item in zip(self.names, self.spoken, strict=True)
+            }
         if self.wishes.tasks and self.names:
             made["tasks"] = task_table(self.tasks)
         if self.wishes.embed and self.names:
@@ -85,4 +91,3 @@ class Extras:
         assert self._tokenizer is not None
         decode = self._tokenizer.inner.decode
         return dict(zip(("prompt", "base", "candidate"), (decode(ids) for ids in item.example), strict=True))
-

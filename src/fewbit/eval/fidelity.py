@@ -167,7 +167,9 @@ Logits = Callable[[int, torch.Tensor], torch.Tensor]
 """(window, positions) -> float32 logits [positions, vocab] of a candidate, called in order."""
 
 
-def measure(reference: Reference, candidates: Sequence[Logits], name: str, pair: bool = False) -> list[dict[str, torch.Tensor]]:
+def measure(
+    reference: Reference, candidates: Sequence[Logits], name: str, pair: bool = False
+) -> list[dict[str, torch.Tensor]]:
     """Measures of every position, for each of some candidates in one walk over the base.
 
     Args:
@@ -266,7 +268,9 @@ def _blocks(say: Say) -> Callable[[int, int], None]:
     )
 
 
-def _score(into: Study, reference: Reference, path: str, source: Source | GgufView, engine: Any, extras: Extras, say: Say) -> int:
+def _score(
+    into: Study, reference: Reference, path: str, source: Source | GgufView, engine: Any, extras: Extras, say: Say
+) -> int:
     """Adds a candidate's score, and its engine's; returns the passes it took."""
     say(f"candidate {path}")
     runner = Runner(source, device=reference.options.device, room=reference.room)  # type: ignore[arg-type]
@@ -303,7 +307,14 @@ def _score(into: Study, reference: Reference, path: str, source: Source | GgufVi
 def _agreement(into: Study, path: str, engine: str, score: Score) -> None:
     """A row of the table that holds the engine's output against the reference path's."""
     note = "The engine against fewbit's reference path on the same file: what the engine's own arithmetic adds (rounded activations, 16-bit caches)."
-    table = into.extras.setdefault("engines", {"heads": ["candidate", "engine", "KL, nats", "KL 99 %", "perplexity ratio", "same top 1"], "rows": [], "note": note})
+    table = into.extras.setdefault(
+        "engines",
+        {
+            "heads": ["candidate", "engine", "KL, nats", "KL 99 %", "perplexity ratio", "same top 1"],
+            "rows": [],
+            "note": note,
+        },
+    )
     made = score.record()
     cells = [made["kl"], made["kl_quantiles"]["0.99"], made["perplexity_ratio"], made["top1"]]
     table["rows"].append([path, engine, *({"value": cell["value"], "stderr": cell["stderr"]} for cell in cells)])

@@ -109,9 +109,14 @@ def generation_table(names: Sequence[str], found: Sequence[Continuations]) -> di
 
     heads = ["candidate", f"same tokens, of {found[0].count}", "identical, %", "repetition, %", "base's, %"]
     rows = [
-        [name, cell(item.agreement), cell(item.identical, 100), cell(item.repetition, 100), cell(item.base_repetition, 100)]
+        [
+            name,
+            cell(item.agreement),
+            cell(item.identical, 100),
+            cell(item.repetition, 100),
+            cell(item.base_repetition, 100),
+        ]
         for name, item in zip(names, found, strict=True)
     ]
     note = f"{found[0].prompts} prompts from the text, continued greedily. Repetition: share of 4-grams that occurred before in the same continuation."
     return {"heads": heads, "rows": rows, "note": note}
-

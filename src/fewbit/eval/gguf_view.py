@@ -38,7 +38,9 @@ class GgufView:
         self.manifest: Manifest = base.manifest
         known = facts(base.manifest, base.config)
         roles = {item.role: name for name, item in known.items()}
-        if "output.weight" in checkpoint.manifest and "head" not in roles and "embed" in roles:  # a rotated model, its head untied
+        if (
+            "output.weight" in checkpoint.manifest and "head" not in roles and "embed" in roles
+        ):  # a rotated model, its head untied
             self.manifest, self.config = untied(base.manifest, base.config, roles["embed"])
         self.root = checkpoint.root
         self.stored: dict[str, Any] = {}

@@ -65,7 +65,9 @@ class LayerReport:
     notes: tuple[str, ...]
 
 
-def layer_report(base: Runner, candidate: Runner, chosen: Windows, gradients: bool = True, say: Callable[[str], None] | None = None) -> LayerReport:
+def layer_report(
+    base: Runner, candidate: Runner, chosen: Windows, gradients: bool = True, say: Callable[[str], None] | None = None
+) -> LayerReport:
     """Looks at a candidate layer by layer.
 
     Args:
@@ -86,7 +88,9 @@ def layer_report(base: Runner, candidate: Runner, chosen: Windows, gradients: bo
     tell("layers: errors of weights")
     tensors = _tensors(base, candidate, shares)
     if _rewritten(base, candidate):
-        notes.append("norms differ from the base's: weights were rewritten (folded or rotated), so SQNR and shares do not measure loss")
+        notes.append(
+            "norms differ from the base's: weights were rewritten (folded or rotated), so SQNR and shares do not measure loss"
+        )
     return LayerReport(tuple(tensors), tuple(blocks), kl, sum(shares.values()), tuple(notes))
 
 
@@ -98,7 +102,10 @@ def _blocks(base: Runner, candidate: Runner, tokens: torch.Tensor) -> list[Block
     found = []
     try:
         for index in range(len(base.model)):
-            weights, other = base.model.load_block(index, base.source.read), candidate.model.load_block(index, candidate.source.read)
+            weights, other = (
+                base.model.load_block(index, base.source.read),
+                candidate.model.load_block(index, candidate.source.read),
+            )
             signal = own = drift = 0.0
             schemes = candidate.activation_schemes(index)
             for batch in range(len(true)):
@@ -108,7 +115,9 @@ def _blocks(base: Runner, candidate: Runner, tokens: torch.Tensor) -> list[Block
                     exact = base.model.run_block(index, weights, hidden, arguments)
                     with ActivationQuantiser(schemes, other):
                         alone = candidate.model.run_block(index, other, hidden, arguments)
-                        after = candidate.model.run_block(index, other, moved, candidate.model.arguments(own_kwargs[index], whole, moved.shape[0]))
+                        after = candidate.model.run_block(
+                            index, other, moved, candidate.model.arguments(own_kwargs[index], whole, moved.shape[0])
+                        )
                 signal += _square(exact)
                 own += _square(alone - exact)
                 drift += _square(after - exact)
@@ -135,7 +144,17 @@ def _tensors(base: Runner, candidate: Runner, shares: dict[str, float]) -> list[
         if w.dim() < 2 and same:
             continue
         kind = name.removesuffix(".weight").rpartition(".")[2]
-        found.append(TensorLoss(name, place.get(name), kind, stored_as(candidate, name), w.numel(), None if same else sqnr_db(w, w_hat), shares.get(name)))
+        found.append(
+            TensorLoss(
+                name,
+                place.get(name),
+                kind,
+                stored_as(candidate, name),
+                w.numel(),
+                None if same else sqnr_db(w, w_hat),
+                shares.get(name),
+            )
+        )
     return found
 
 
@@ -185,7 +204,10 @@ class _Shares:
         """Forward through all blocks at w(s), then backward, for a batch of windows."""
         model = self.base.model
         with torch.no_grad():
-            entry, moved = model.enter(self.base.trunk, tokens), self.candidate.model.enter(self.candidate.trunk, tokens)
+            entry, moved = (
+                model.enter(self.base.trunk, tokens),
+                self.candidate.model.enter(self.candidate.trunk, tokens),
+            )
             step = moved.hidden - entry.hidden
             inputs = [entry.hidden + s * step]
             for index in range(len(model)):
@@ -206,7 +228,15 @@ class _Shares:
         other = self.candidate.model.load_block(index, self.candidate.source.read)
         return self._mixed(base, other, s), base, other
 
-    def _head(self, tokens: torch.Tensor, scored: torch.Tensor, target: ActStore, hidden: torch.Tensor, s: float, weight: float) -> torch.Tensor:
+    def _head(
+        self,
+        tokens: torch.Tensor,
+        scored: torch.Tensor,
+        target: ActStore,
+        hidden: torch.Tensor,
+        s: float,
+        weight: float,
+    ) -> torch.Tensor:
         """Final norm and head, some rows at a time: their shares, and the gradient at the last block's output."""
         hidden = hidden.detach().requires_grad_(True)
         base, other = self.base.trunk, self.candidate.trunk
@@ -215,7 +245,9 @@ class _Shares:
         for window, positions in rows_of(tokens, scored, self.base.room.rows(self.base.vocab)):
             shown = tokens[window, positions].unsqueeze(0)
             log_p = torch.log_softmax(self.base.logits(shown, states(window, positions).unsqueeze(0)), -1)
-            log_q = torch.log_softmax(self.base.model.leave(mixed, shown, hidden[window, positions].unsqueeze(0))[0], -1)
+            log_q = torch.log_softmax(
+                self.base.model.leave(mixed, shown, hidden[window, positions].unsqueeze(0))[0], -1
+            )
             loss = (log_p.exp() * (log_p - log_q)).sum() / self.count
             loss.backward()
             if s == 1.0:
@@ -247,7 +279,9 @@ class _Shares:
             name = self.base.model.local(index, slot)
             grad = mixed[name].grad
             if grad is not None:
-                self.shares[slot.name] += weight * float((slot.view(grad) * (slot.view(other[name]) - slot.view(base[name]))).sum())
+                self.shares[slot.name] += weight * float(
+                    (slot.view(grad) * (slot.view(other[name]) - slot.view(base[name]))).sum()
+                )
 
     def _add_trunk_input(self, step: torch.Tensor, gradient: torch.Tensor, weight: float) -> None:
         """What the embeddings add through the first hidden states; the share of everything before the blocks goes to the token embedding."""
@@ -260,7 +294,13 @@ class _Shares:
             self.shares[slot.name] += total
 
 
-def damaged_tokens(per_token: dict[str, torch.Tensor], chosen: Windows, decode: Callable[[list[int]], str], count: int = 12, context: int = 24) -> list[dict[str, Any]]:
+def damaged_tokens(
+    per_token: dict[str, torch.Tensor],
+    chosen: Windows,
+    decode: Callable[[list[int]], str],
+    count: int = 12,
+    context: int = 24,
+) -> list[dict[str, Any]]:
     """The positions with the largest KL, in context: what came before, what came, what each model would have said."""
     worst = per_token["kl"].topk(min(count, per_token["kl"].numel())).indices.tolist()
     found = []

@@ -17,7 +17,9 @@ LAYER_TOKENS = 1024
 BINS = 72
 
 
-def look(base: Runner, candidate: Runner, chosen: Windows, per_token: dict[str, torch.Tensor], tokenizer: Tokens, say: Any) -> dict[str, Any]:
+def look(
+    base: Runner, candidate: Runner, chosen: Windows, per_token: dict[str, torch.Tensor], tokenizer: Tokens, say: Any
+) -> dict[str, Any]:
     """{"layers": …, "damaged": …, "tensor": …} of one candidate."""
     few = chosen.head(max(1, LAYER_TOKENS // chosen.tokens.shape[1]))
     found = layer_report(base, candidate, few, say=say)

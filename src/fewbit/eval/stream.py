@@ -217,7 +217,9 @@ class ActivationQuantiser:
     Scales are found per block of the scheme (per token), except the fixed ones of static schemes: larger inputs are clipped there.
     """
 
-    def __init__(self, schemes: dict[str, Scheme], params: Params, scales: dict[str, torch.Tensor] | None = None) -> None:
+    def __init__(
+        self, schemes: dict[str, Scheme], params: Params, scales: dict[str, torch.Tensor] | None = None
+    ) -> None:
         self._schemes, self._scales = schemes, scales or {}
         self._observer = Observer({name: params[name] for name in schemes}, self._replace) if schemes else None
 

@@ -32,7 +32,9 @@ def require_harness() -> None:
         raise InputError("FB-E0811", "--tasks needs EleutherAI's harness, which is not installed") from None
 
 
-def run_tasks(runner: Runner, tokenizer: Tokens, tasks: Sequence[str], limit: int | None = None, seed: int = 0) -> dict[str, Any]:
+def run_tasks(
+    runner: Runner, tokenizer: Tokens, tasks: Sequence[str], limit: int | None = None, seed: int = 0
+) -> dict[str, Any]:
     """Scores of a model on tasks: task -> {metric: (value, standard error or None)}.
 
     Args:
@@ -76,8 +78,17 @@ def task_table(columns: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     for task, metrics in columns[0][1].items():
         for metric in metrics:
             pairs = [found.get(task, {}).get(metric, (None, None)) for _, found in columns]
-            rows.append([f"{task} · {metric}", *({"value": value, "stderr": error or 0.0} if value is not None else "·" for value, error in pairs)])
-    return {"heads": ["task", *(name for name, _ in columns)], "rows": rows, "note": "By lm_eval on the reference path; ± is its standard error."}
+            rows.append(
+                [
+                    f"{task} · {metric}",
+                    *({"value": value, "stderr": error or 0.0} if value is not None else "·" for value, error in pairs),
+                ]
+            )
+    return {
+        "heads": ["task", *(name for name, _ in columns)],
+        "rows": rows,
+        "note": "By lm_eval on the reference path; ± is its standard error.",
+    }
 
 
 def harness_model(runner: Runner, tokenizer: Tokens) -> Any:
@@ -105,7 +116,9 @@ def harness_model(runner: Runner, tokenizer: Tokens) -> Any:
 
 def _shared(context: Sequence[int], whole: Sequence[int]) -> int:
     """How many tokens the context keeps when the continuation follows it: fewer than it has where they merge; one is always left to score."""
-    differs = next((i for i, (a, b) in enumerate(zip(context, whole, strict=False)) if a != b), min(len(context), len(whole)))
+    differs = next(
+        (i for i, (a, b) in enumerate(zip(context, whole, strict=False)) if a != b), min(len(context), len(whole))
+    )
     return max(1, min(differs, len(whole) - 1))
 
 
@@ -125,7 +138,10 @@ class Likelihoods:
         rows = []
         for context, continuation in pairs:
             trimmed = context.rstrip()
-            continuation, context = context[len(trimmed) :] + continuation, trimmed  # spaces belong to the words after them
+            continuation, context = (
+                context[len(trimmed) :] + continuation,
+                trimmed,
+            )  # spaces belong to the words after them
             whole = self._ids(context + continuation) if context else self._start + self._ids(continuation)
             before = _shared(self._ids(context), whole) if context else 1
             rows.append((whole[-self.most - 1 :], min(len(whole) - before, self.most)))
@@ -147,9 +163,17 @@ class Likelihoods:
             for row, index in enumerate(members):
                 ids, count = rows[index]
                 positions = torch.arange(len(ids) - 1 - count, len(ids) - 1)
-                log_p = torch.log_softmax(self.runner.logits(tokens[row, positions].unsqueeze(0), states(row, positions).unsqueeze(0)).double(), -1)
+                log_p = torch.log_softmax(
+                    self.runner.logits(
+                        tokens[row, positions].unsqueeze(0), states(row, positions).unsqueeze(0)
+                    ).double(),
+                    -1,
+                )
                 target = torch.tensor(ids[len(ids) - count :], device=log_p.device)
-                answers[index] = (float(log_p.gather(-1, target.unsqueeze(-1)).sum()), bool((log_p.argmax(-1) == target).all()))
+                answers[index] = (
+                    float(log_p.gather(-1, target.unsqueeze(-1)).sum()),
+                    bool((log_p.argmax(-1) == target).all()),
+                )
             hidden.close()
         return answers
 

@@ -71,7 +71,9 @@ class Blocks:
             numel = prod(shape)
             return Tiling((), 1, numel, 1, min(self.cols or numel, numel) or 1)
         rows, cols = (1, 1, *shape)[-2:]
-        return Tiling(tuple(shape[:-2]), rows, cols, min(self.rows or rows, rows) or 1, min(self.cols or cols, cols) or 1)
+        return Tiling(
+            tuple(shape[:-2]), rows, cols, min(self.rows or rows, rows) or 1, min(self.cols or cols, cols) or 1
+        )
 
     @property
     def spelling(self) -> str:

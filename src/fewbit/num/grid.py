@@ -267,10 +267,14 @@ BNB_FP4 = Codebook(
         for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
     ),
 )  # fmt: skip
-IQ4 = Codebook("iq4", (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0))
+IQ4 = Codebook(
+    "iq4", (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
+)
 TERNARY = Codebook("ternary", (-1.0, 0.0, 1.0))
 TERNARY_DENSE = Codebook("ternary-dense", (-1.0, 0.0, 1.0), Fraction(13, 8))  # TQ1_0: 256 trits in 52 bytes
-TERNARY_WIDE = Codebook("ternary-wide", (-1.0, 0.0, 1.0, 2.0))  # what ggml reads from TQ2_0 when a foreign file holds the fourth pattern
+TERNARY_WIDE = Codebook(
+    "ternary-wide", (-1.0, 0.0, 1.0, 2.0)
+)  # what ggml reads from TQ2_0 when a foreign file holds the fourth pattern
 ODD3 = Codebook("odd3", tuple(2.0 * code + 1 for code in range(8)))  # block scales of ggml's i-quants
 ODD4 = Codebook("odd4", tuple(2.0 * code + 1 for code in range(16)))
 IQ1_SHIFT = Codebook("iq1shift", (-0.125, 0.125))  # IQ1_S: one bit per block moves its levels up or down
@@ -302,7 +306,15 @@ NAMED_GRIDS: dict[str, Grid] = {
     )
 }  # fmt: skip
 NAMED_GRIDS |= {grid.name: grid for bits in range(1, 9) for grid in (IntGrid(bits, True), IntGrid(bits, False))}
-GRID_ALIASES = {"e4m3": "fp8-e4m3", "e5m2": "fp8-e5m2", "fp8": "fp8-e4m3", "fp4-e2m1": "fp4", "e2m1": "fp4", "fp16": "f16", "fp32": "f32"}
+GRID_ALIASES = {
+    "e4m3": "fp8-e4m3",
+    "e5m2": "fp8-e5m2",
+    "fp8": "fp8-e4m3",
+    "fp4-e2m1": "fp4",
+    "e2m1": "fp4",
+    "fp16": "f16",
+    "fp32": "f32",
+}
 
 
 def grid_named(name: str) -> Grid | None:

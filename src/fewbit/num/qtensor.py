@@ -215,8 +215,14 @@ class QTensor:
             return f"codes are {self.codes.dtype} {tuple(self.codes.shape)}, {self.scheme} of {self.shape} needs {code_dtype(grid)} {wanted}"
         low, high = _code_range(grid)
         if self.codes.numel() and (int(self.codes.min()) < low or int(self.codes.max()) > high):
-            return f"codes reach from {int(self.codes.min())} to {int(self.codes.max())}, {grid.name} has {low} to {high}"
-        for name, part in (("scale", self.scheme.scale), ("code_shift", self.scheme.code_shift), ("value_shift", self.scheme.value_shift)):
+            return (
+                f"codes reach from {int(self.codes.min())} to {int(self.codes.max())}, {grid.name} has {low} to {high}"
+            )
+        for name, part in (
+            ("scale", self.scheme.scale),
+            ("code_shift", self.scheme.code_shift),
+            ("value_shift", self.scheme.value_shift),
+        ):
             stored = getattr(self, name)
             if (part is None) != (stored is None):
                 return f"{name} is {'missing' if stored is None else 'there'} although {self.scheme} says otherwise"

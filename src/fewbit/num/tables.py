@@ -54,5 +54,7 @@ def _gguf_quants(name: str) -> ModuleType:
     try:
         from gguf import quants
     except ImportError as error:
-        raise InputError("FB-E0610", f"the codebook {name} comes from the gguf package, which is not installed") from error
+        raise InputError(
+            "FB-E0610", f"the codebook {name} comes from the gguf package, which is not installed"
+        ) from error
     return quants

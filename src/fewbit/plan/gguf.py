@@ -40,7 +40,7 @@ def resolve_gguf(
         FewbitError: from `gguf_plan`; FB-E0602 for a type that does not suit where --on-misfit is refuse.
     """
     chosen = _recipe_word(spelling)
-    solver = SOLVERS[recipe.method] if recipe.method in SOLVERS else None
+    solver = SOLVERS.get(recipe.method)
     imatrix = recipe.imatrix is not None or bool(solver and solver.needs)
     arguments: dict[str, Any] = {"imatrix": imatrix, "name": name, "pre": options.get("pre")}
     planned = gguf_plan(manifest, config, files, chosen, None, **arguments)
@@ -50,7 +50,9 @@ def resolve_gguf(
     weak = [tensor.name for tensor in planned.tensors if tensor.needs_imatrix]
     notes = list(planned.notes)
     if weak:
-        notes.append(f"{len(weak)} tensors take types that are poor without an importance matrix: use --method imatrix or gptq")
+        notes.append(
+            f"{len(weak)} tensors take types that are poor without an importance matrix: use --method imatrix or gptq"
+        )
     jobs = tuple(_job(tensor, known, recipe) for tensor in planned.tensors)
     output = Output(target, "gguf", options, jobs, {"recipe": planned.recipe.name}, {}, carry=planned)
     return output, tuple(notes)
@@ -70,7 +72,9 @@ def _overrides(planned: GgufPlan, recipe: Recipe) -> dict[str, str]:
         for tensor in planned.tensors:
             if any(matches(rule.pattern, name) for name in (tensor.name, *tensor.reads)):
                 try:
-                    found[tensor.name] = _KEEP.get(tensor.dtype, "F16") if rule.scheme == "keep" else block_type(rule.scheme).name
+                    found[tensor.name] = (
+                        _KEEP.get(tensor.dtype, "F16") if rule.scheme == "keep" else block_type(rule.scheme).name
+                    )
                 except InputError as error:
                     problems.append(error)
                     break
@@ -82,7 +86,9 @@ def _overrides(planned: GgufPlan, recipe: Recipe) -> dict[str, str]:
 def _job(tensor: PlannedTensor, known: Mapping[str, TensorFacts], recipe: Recipe) -> Job:
     first = known.get(tensor.reads[0]) if tensor.reads else None
     quantised = tensor.type not in FLOATS
-    rule = next((r for r in reversed(recipe.rules) if any(matches(r.pattern, n) for n in (tensor.name, *tensor.reads))), None)
+    rule = next(
+        (r for r in reversed(recipe.rules) if any(matches(r.pattern, n) for n in (tensor.name, *tensor.reads))), None
+    )
     method = (rule.method if rule else None) or recipe.method
     row_bytes = block_type(tensor.type).row_bytes(tensor.shape[-1])
     return Job(

@@ -131,7 +131,9 @@ class Output:
         """The table of what happens: ((role, scheme or dtype, reason), tensors, parameters, bytes) in order of first appearance."""
         count, numel, nbytes = Counter(), Counter(), Counter()
         for job in self.jobs:
-            stored = str(job.scheme) if job.scheme else "/".join(dict.fromkeys(dtype for dtype, _ in job.writes.values()))
+            stored = (
+                str(job.scheme) if job.scheme else "/".join(dict.fromkeys(dtype for dtype, _ in job.writes.values()))
+            )
             key = (job.role, stored, job.reason)
             count[key] += 1
             numel[key] += job.numel

@@ -36,13 +36,25 @@ class Recipe(BaseModel):
 
     to: tuple[str, ...] = Field((), description="output as FORMAT[:SCHEME][,option=value]; may be given many times")
     method: str = Field("rtn", description="solver; see `fewbit methods`")
-    options: dict[str, OptionValue] = Field(default_factory=dict, description="solver option as name=value; may be given many times")
-    rules: tuple[Rule, ...] = Field((), description="PATTERN=SCHEME or PATTERN=keep; may be given many times, the last match counts")
-    include: tuple[str, ...] = Field((), description="roles kept by default that shall be quantised too: embed, head, router …")
-    on_misfit: Literal["refuse", "keep"] = Field("refuse", description="a tensor that the scheme does not suit: refuse the job, or keep the tensor")
+    options: dict[str, OptionValue] = Field(
+        default_factory=dict, description="solver option as name=value; may be given many times"
+    )
+    rules: tuple[Rule, ...] = Field(
+        (), description="PATTERN=SCHEME or PATTERN=keep; may be given many times, the last match counts"
+    )
+    include: tuple[str, ...] = Field(
+        (), description="roles kept by default that shall be quantised too: embed, head, router …"
+    )
+    on_misfit: Literal["refuse", "keep"] = Field(
+        "refuse", description="a tensor that the scheme does not suit: refuse the job, or keep the tensor"
+    )
     requantize: bool = Field(False, description="accept a source that is already quantised, by its decoded values")
-    rewrites: tuple[str, ...] = Field((), description="rewrites of the float model before solving: smooth, awq, rotate …")
-    calib: str | None = Field(None, description="calibration text: file (txt, jsonl, parquet), `default`, or a dataset name")
+    rewrites: tuple[str, ...] = Field(
+        (), description="rewrites of the float model before solving: smooth, awq, rotate …"
+    )
+    calib: str | None = Field(
+        None, description="calibration text: file (txt, jsonl, parquet), `default`, or a dataset name"
+    )
     calib_samples: int = Field(128, ge=1, description="calibration sequences")
     calib_length: int = Field(512, ge=8, description="tokens per calibration sequence")
     imatrix: str | None = Field(None, description="importance matrix file (GGUF or the older binary form)")

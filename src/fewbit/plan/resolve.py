@@ -123,9 +123,17 @@ def resolve(
     )
 
 
-def _check_recipe(manifest: Manifest, recipe: Recipe, known: Mapping[str, TensorFacts], errors: list[FewbitError]) -> None:
+def _check_recipe(
+    manifest: Manifest, recipe: Recipe, known: Mapping[str, TensorFacts], errors: list[FewbitError]
+) -> None:
     if not recipe.to:
-        errors.append(InputError("FB-E0403", "no output is named", remedy="add --to FORMAT:SCHEME, e.g. --to compressed-tensors:int4-g128"))
+        errors.append(
+            InputError(
+                "FB-E0403",
+                "no output is named",
+                remedy="add --to FORMAT:SCHEME, e.g. --to compressed-tensors:int4-g128",
+            )
+        )
     for method in {recipe.method, *(rule.method for rule in recipe.rules if rule.method)}:
         if method not in SOLVERS:
             errors.append(InputError("FB-E0406", f"no method is called {method!r}; there are {', '.join(SOLVERS)}"))
@@ -138,13 +146,23 @@ def _check_recipe(manifest: Manifest, recipe: Recipe, known: Mapping[str, Tensor
     gguf = any(target.startswith("gguf") for target in recipe.to)  # rules may name tensors as the GGUF does
     for rule in recipe.rules:
         if not gguf and not any(matches(rule.pattern, name) for name in manifest):
-            errors.append(InputError("FB-E0407", f"the rule {rule.pattern!r} matches no tensor", remedy="see the names with `fewbit inspect`"))
+            errors.append(
+                InputError(
+                    "FB-E0407",
+                    f"the rule {rule.pattern!r} matches no tensor",
+                    remedy="see the names with `fewbit inspect`",
+                )
+            )
         if rule.scheme != "keep":
             _gather(errors, parse_scheme, rule.scheme)
     roles = {item.role for item in known.values()}
     for role in recipe.include:
         if role not in roles:
-            errors.append(InputError("FB-E0408", f"--include {role}: the model has no such role; it has {', '.join(sorted(roles))}"))
+            errors.append(
+                InputError(
+                    "FB-E0408", f"--include {role}: the model has no such role; it has {', '.join(sorted(roles))}"
+                )
+            )
 
 
 def _gather(errors: list[FewbitError], call: Any, *args: Any) -> Any:
@@ -205,10 +223,19 @@ def _job(
         if misfit is None and ops and not form.name.startswith("dense"):
             misfit = f"this layer is stored [in, out] (Conv1D), which loaders of {form.name} do not know"
         if misfit is not None and recipe.on_misfit == "refuse":
-            errors.append(InputError("FB-E0602", f"{form.name} {scheme}: {misfit}", tensor=tensor, remedy=f"--rule '{tensor}=keep', --on-misfit keep, or another scheme"))
+            errors.append(
+                InputError(
+                    "FB-E0602",
+                    f"{form.name} {scheme}: {misfit}",
+                    tensor=tensor,
+                    remedy=f"--rule '{tensor}=keep', --on-misfit keep, or another scheme",
+                )
+            )
         if misfit is not None:
             scheme, ops, shape, solver, reason = None, (), info.shape, "", f"kept: {misfit}"
     writes = form.parts(tensor, scheme, shape) if scheme is not None else {tensor: (info.dtype, info.shape)}
     if ops:  # solved [out, in], written the way round that it was
         writes = {name: (dtype, (*sizes[:-2], sizes[-1], sizes[-2])) for name, (dtype, sizes) in writes.items()}
-    return Job(tensor, tensor, (tensor,), ops, shape, info.dtype, known.role, known.layer, scheme, solver, reason, writes)
+    return Job(
+        tensor, tensor, (tensor,), ops, shape, info.dtype, known.role, known.layer, scheme, solver, reason, writes
+    )

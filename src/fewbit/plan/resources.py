@@ -30,7 +30,10 @@ def row_separable(scheme: Scheme) -> bool:
         return scheme.blocks.rows == 1
     if scheme.blocks.flat or scheme.blocks.rows == 0:
         return False
-    return all(part.is_leaf and part.blocks.rows == 1 or (not part.is_leaf and row_separable(part)) for _, part in scheme.parts())
+    return all(
+        (part.is_leaf and part.blocks.rows == 1) or (not part.is_leaf and row_separable(part))
+        for _, part in scheme.parts()
+    )
 
 
 def tile_rows(scheme: Scheme, shape: tuple[int, ...], ops: tuple[str, ...] = ()) -> int:
@@ -57,7 +60,11 @@ def job_bytes(job: Job) -> int:
     if job.scheme is None:
         return min(int(job.numel * source), COPY_BUFFER) if not job.ops else int(2 * job.numel * source)
     rows = job.shape[-2] if len(job.shape) > 1 else 1
-    tile = job.numel if tile_rows(job.scheme, job.shape, job.ops) >= rows else tile_rows(job.scheme, job.shape) * job.shape[-1]
+    tile = (
+        job.numel
+        if tile_rows(job.scheme, job.shape, job.ops) >= rows
+        else tile_rows(job.scheme, job.shape) * job.shape[-1]
+    )
     held = job.numel * (code_bytes(job.scheme) + 0.25)
     return int(tile * (source + 4 * TEMPORARIES) + held + job.nbytes)
 

@@ -36,13 +36,18 @@ def model_card(record: Record, score: Record) -> str:
     kind = facts["format"]
     lines = ["---", *_metadata(record, score), "---", "", f"# {short(score['name'])}", ""]
     schemes = ", ".join(f"`{scheme}`" for scheme in facts["schemes"])
-    lines += [f"[{base['name']}]({_link(base['name'])}) quantised to **{kind}** ({schemes}) by {facts.get('made_by') or 'an unknown tool'}.", ""]
+    lines += [
+        f"[{base['name']}]({_link(base['name'])}) quantised to **{kind}** ({schemes}) by {facts.get('made_by') or 'an unknown tool'}.",
+        "",
+    ]
     lines += _figures(record, score)
     if kind in ENGINES:
         lines += ["## Run it", "", "```", ENGINES[kind].format(name=short(score["name"])), "```", ""]
     if facts.get("command"):
         lines += ["## Make it again", "", "```", facts["command"], "```", ""]
-    files = [(name, value) for name, value in facts.get("hashes", {}).items() if name.endswith((".safetensors", ".gguf"))]
+    files = [
+        (name, value) for name, value in facts.get("hashes", {}).items() if name.endswith((".safetensors", ".gguf"))
+    ]
     if files:
         lines += ["| file | sha256 |", "|---|---|", *(f"| {name} | `{value}` |" for name, value in files), ""]
     return "\n".join(lines)
@@ -75,7 +80,11 @@ def _figures(record: Record, score: Record) -> list[str]:
     base, text = record["base"], record["text"]
     quantiles = score["kl_quantiles"]
     rows = [
-        ("size", f"{human_bytes(base['bytes'])}", f"{human_bytes(score['bytes'])} ({score['bits_per_weight']:.2f} bits per weight)"),
+        (
+            "size",
+            f"{human_bytes(base['bytes'])}",
+            f"{human_bytes(score['bytes'])} ({score['bits_per_weight']:.2f} bits per weight)",
+        ),
         ("perplexity", estimate(score["base_perplexity"]), estimate(score["perplexity"])),
         ("KL divergence, nats", "0", estimate(score["kl"])),
         ("KL, 99 % and 99.9 % of tokens", "0", f"{quantiles['0.99']['value']:.3g}, {quantiles['0.999']['value']:.3g}"),
@@ -83,8 +92,19 @@ def _figures(record: Record, score: Record) -> list[str]:
         ("RMS change of the correct token's probability", "0", estimate(score["rms_delta_p"], 100, " %")),
     ]
     where = f"{text['scored']:,} tokens of {short(text['source'])}, windows of {text['length']}"
-    table = ["| | base | this |", "|---|---|---|", *(f"| {name} | {before} | {after} |" for name, before, after in rows)]
-    return ["## What it cost", "", *table, "", f"Measured by `fewbit eval` over {where}; ± is one standard error, clustered by document.", ""]
+    table = [
+        "| | base | this |",
+        "|---|---|---|",
+        *(f"| {name} | {before} | {after} |" for name, before, after in rows),
+    ]
+    return [
+        "## What it cost",
+        "",
+        *table,
+        "",
+        f"Measured by `fewbit eval` over {where}; ± is one standard error, clustered by document.",
+        "",
+    ]
 
 
 def _link(name: str) -> str:
@@ -92,4 +112,8 @@ def _link(name: str) -> str:
 
 
 def _yaml(text: str) -> str:
-    return text if text.replace("/", "").replace("-", "").replace("_", "").replace(".", "").isalnum() and not text[0].isdigit() else '"' + text.replace('"', '\\"') + '"'
+    return (
+        text
+        if text.replace("/", "").replace("-", "").replace("_", "").replace(".", "").isalnum() and not text[0].isdigit()
+        else '"' + text.replace('"', '\\"') + '"'
+    )

@@ -69,9 +69,14 @@ def size_against_loss(marks: Sequence[Mark], floor: float | None, x_label: str, 
         body += [line(LEFT, at_y(10.0**power), WIDTH - RIGHT, at_y(10.0**power), "grid")]
         body += [text(LEFT - 8, at_y(10.0**power) + 4, f"{10.0**power:g}", "tick", "end")]
     body += [text((LEFT + WIDTH - RIGHT) / 2, height - 6, x_label, "axis-name")]
-    body += [f'<text transform="translate(14 {height / 2:.0f}) rotate(-90)" class="axis-name" text-anchor="middle">{escape(y_label)}</text>']
+    body += [
+        f'<text transform="translate(14 {height / 2:.0f}) rotate(-90)" class="axis-name" text-anchor="middle">{escape(y_label)}</text>'
+    ]
     if floor:
-        body += [line(LEFT, at_y(floor), WIDTH - RIGHT, at_y(floor), "floor"), text(LEFT + 6, at_y(floor) - 5, f"noise floor {floor:.2g}", "note", "start")]
+        body += [
+            line(LEFT, at_y(floor), WIDTH - RIGHT, at_y(floor), "floor"),
+            text(LEFT + 6, at_y(floor) - 5, f"noise floor {floor:.2g}", "note", "start"),
+        ]
     body += _marks(marks, at_x, at_y)
     return svg(height, body, f"{y_label} against {x_label}")
 
@@ -90,15 +95,30 @@ def _marks(marks: Sequence[Mark], at_x: Scale, at_y: Scale) -> list[str]:
         reference = mark.kind == "reference"
         kind = "ref" if reference else f"c{index % 8}"
         if not reference:
-            body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{at_y(max(mark.low, 1e-12)):.1f}" y2="{at_y(max(mark.high, 1e-12)):.1f}" class="bar {kind}"/>')
-        body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{3 if reference else 5}" class="dot {kind}"><title>{escape(mark.label)}: {mark.y:.4g}</title></circle>')
+            body.append(
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{at_y(max(mark.low, 1e-12)):.1f}" y2="{at_y(max(mark.high, 1e-12)):.1f}" class="bar {kind}"/>'
+            )
+        body.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{3 if reference else 5}" class="dot {kind}"><title>{escape(mark.label)}: {mark.y:.4g}</title></circle>'
+        )
         spot = _spot(mark.label, x, y, 5.6 if reference else 7.2, taken)
         if spot is not None:
             labels.append(text(*spot[:2], mark.label, "note" if reference else "label", spot[2]))
     return [*reversed(body), *labels]
 
 
-_PLACES = ((9, 4, "start"), (-9, 4, "end"), (8, -10, "start"), (8, 18, "start"), (-8, -10, "end"), (-8, 18, "end"), (0, -16, "middle"), (0, 24, "middle"), (8, 32, "start"), (8, -26, "start"))
+_PLACES = (
+    (9, 4, "start"),
+    (-9, 4, "end"),
+    (8, -10, "start"),
+    (8, 18, "start"),
+    (-8, -10, "end"),
+    (-8, 18, "end"),
+    (0, -16, "middle"),
+    (0, 24, "middle"),
+    (8, 32, "start"),
+    (8, -26, "start"),
+)
 
 
 def _spot(label: str, x: float, y: float, letter: float, taken: list[Box]) -> tuple[float, float, str] | None:
@@ -113,7 +133,14 @@ def _spot(label: str, x: float, y: float, letter: float, taken: list[Box]) -> tu
     return None
 
 
-def heat_map(rows: Sequence[str], columns: Sequence[str], values: dict[tuple[int, int], float], label: str, form: str = "{:.2g}", invert: bool = False) -> str:
+def heat_map(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: dict[tuple[int, int], float],
+    label: str,
+    form: str = "{:.2g}",
+    invert: bool = False,
+) -> str:
     """A table of shades: rows x columns; deeper is worse. Numbers stand in the cells while there is room."""
     if not values:
         return ""
@@ -132,7 +159,9 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], values: dict[tuple[int
             depth = 0.06 + 0.9 * ((1 - share) if invert else share)
             shown = form.format(value)
             tip = f"<title>{escape(name)}, block {escape(columns[j])}: {shown}</title>"
-            body.append(f'<rect x="{left + j * cell + 1:.1f}" y="{y}" width="{cell - 2:.1f}" height="{cell_high - 2}" rx="2" class="heat" fill-opacity="{depth:.2f}">{tip}</rect>')
+            body.append(
+                f'<rect x="{left + j * cell + 1:.1f}" y="{y}" width="{cell - 2:.1f}" height="{cell_high - 2}" rx="2" class="heat" fill-opacity="{depth:.2f}">{tip}</rect>'
+            )
             if cell > 34:
                 body.append(text(left + (j + 0.5) * cell, y + 15, shown, "cell deep" if depth > 0.55 else "cell"))
     return svg(26 + len(rows) * cell_high, body, label)
@@ -150,7 +179,9 @@ def bars(rows: Sequence[tuple[str, float, str]], label: str) -> str:
         y = 6 + index * step
         wide = abs(value) / top * room
         body.append(text(left - 8, y + 13, name, "tick", "end"))
-        body.append(f'<rect x="{left}" y="{y}" width="{max(1, wide):.1f}" height="{step - 6}" rx="2" class="{"fill" if value >= 0 else "fill minus"}"/>')
+        body.append(
+            f'<rect x="{left}" y="{y}" width="{max(1, wide):.1f}" height="{step - 6}" rx="2" class="{"fill" if value >= 0 else "fill minus"}"/>'
+        )
         body.append(text(left + wide + 8, y + 13, words, "note", "start"))
     return svg(12 + len(rows) * step, body, label)
 
@@ -165,7 +196,9 @@ def curves(series: Sequence[tuple[str, Sequence[float]]], label: str, x_label: s
     top = max(max(values) for _, values in series) * 1.08 or 1.0
 
     def at(index: int, value: float) -> tuple[float, float]:
-        return LEFT + index / max(1, count - 1) * (WIDTH - LEFT - RIGHT - 20), height - BOTTOM - value / top * (height - TOP - BOTTOM)
+        return LEFT + index / max(1, count - 1) * (WIDTH - LEFT - RIGHT - 20), height - BOTTOM - value / top * (
+            height - TOP - BOTTOM
+        )
 
     body = [line(LEFT, at(0, tick)[1], WIDTH - RIGHT, at(0, tick)[1], "grid") for tick in ticks(0, top, 5)]
     body += [text(LEFT - 8, at(0, tick)[1] + 4, f"{tick:g}", "tick", "end") for tick in ticks(0, top, 5)]
@@ -174,7 +207,10 @@ def curves(series: Sequence[tuple[str, Sequence[float]]], label: str, x_label: s
     for index, (name, values) in enumerate(series):
         points = " ".join("{:.1f},{:.1f}".format(*at(i, value)) for i, value in enumerate(values))
         body.append(f'<polyline points="{points}" class="curve c{index % 8}"/>')
-        body += [f'<circle cx="{at(i, v)[0]:.1f}" cy="{at(i, v)[1]:.1f}" r="3" class="dot c{index % 8}"><title>{escape(name)}, {i}: {v:.4g}</title></circle>' for i, v in enumerate(values)]
+        body += [
+            f'<circle cx="{at(i, v)[0]:.1f}" cy="{at(i, v)[1]:.1f}" r="3" class="dot c{index % 8}"><title>{escape(name)}, {i}: {v:.4g}</title></circle>'
+            for i, v in enumerate(values)
+        ]
         body.append(text(LEFT + 12, TOP + 12 + 16 * index, name, f"label t{index % 8}", "start"))
     return svg(height, body, label)
 
@@ -187,12 +223,16 @@ def histograms(low: float, high: float, series: Sequence[tuple[str, Sequence[flo
         return ""
     body = [line(LEFT, height - BOTTOM, WIDTH - RIGHT, height - BOTTOM, "axis")]
     for tick in ticks(low, high, 8):
-        body.append(text(LEFT + (tick - low) / (high - low) * (WIDTH - LEFT - RIGHT), height - BOTTOM + 18, f"{tick:g}"))
+        body.append(
+            text(LEFT + (tick - low) / (high - low) * (WIDTH - LEFT - RIGHT), height - BOTTOM + 18, f"{tick:g}")
+        )
     for index, (name, counts) in enumerate(series):
         wide = (WIDTH - LEFT - RIGHT) / len(counts)
         for at, count in enumerate(counts):
             tall = count / top * (height - TOP - BOTTOM)
             kind = "fill" if index == 0 else "outline"
-            body.append(f'<rect x="{LEFT + at * wide:.1f}" y="{height - BOTTOM - tall:.1f}" width="{max(0.8, wide - 1):.1f}" height="{tall:.1f}" class="{kind}"/>')
+            body.append(
+                f'<rect x="{LEFT + at * wide:.1f}" y="{height - BOTTOM - tall:.1f}" width="{max(0.8, wide - 1):.1f}" height="{tall:.1f}" class="{kind}"/>'
+            )
         body.append(text(WIDTH - RIGHT, TOP + 12 + 16 * index, name, "label t1" if index else "label t0", "end"))
     return svg(height, body, label)

@@ -76,5 +76,7 @@ def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
             if part in record:
                 made[part] = {**record[part], **made.get(part, {})}
     if len({record["text"]["digest"] for record in records}) > 1:
-        made["warnings"].insert(0, "the candidates were measured on different tokens: their figures cannot be compared closely")
+        made["warnings"].insert(
+            0, "the candidates were measured on different tokens: their figures cannot be compared closely"
+        )
     return made

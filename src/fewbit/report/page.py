@@ -18,7 +18,9 @@ def report_html(record: Record) -> str:
     from fewbit import __version__
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(resources.files("fewbit.report").joinpath("data/report.html.jinja").read_text(encoding="utf-8"))
+    template = environment.from_string(
+        resources.files("fewbit.report").joinpath("data/report.html.jinja").read_text(encoding="utf-8")
+    )
     scores, text = record["scores"], record["text"]
     names = {item["name"] for item in scores}
     title = f"What quantisation cost {_short(record['base']['name'])}"
@@ -26,8 +28,17 @@ def report_html(record: Record) -> str:
         f"{len(names)} candidate{'' if len(names) == 1 else 's'} against {record['base']['name']}: {text['scored']:,} tokens of {text['source']}, "
         f"{text['windows']} windows of {text['length']}, the same for all."
     )
-    footer = f"Made by fewbit {__version__}. ± is one standard error, clustered by document. Tokens {text['digest'][:16]}."
-    page = template.render(title=title, lead=lead, warnings=all_warnings(record), tiles=tiles(record), sections=sections(record), footer=footer)
+    footer = (
+        f"Made by fewbit {__version__}. ± is one standard error, clustered by document. Tokens {text['digest'][:16]}."
+    )
+    page = template.render(
+        title=title,
+        lead=lead,
+        warnings=all_warnings(record),
+        tiles=tiles(record),
+        sections=sections(record),
+        footer=footer,
+    )
     return "\n".join(row for row in page.splitlines() if row.strip()) + "\n"
 
 
@@ -41,7 +52,9 @@ def all_warnings(record: Record) -> list[str]:
     floor = max((item["kl"]["value"] for item in record["noise_floor"]), default=0.0)
     below = sorted({_short(item["name"]) for item in record["scores"] if item["kl"]["value"] < floor})
     if below:
-        found.append(f"{', '.join(below)}: below the noise floor of {floor:.2g} nats, differences among them mean nothing")
+        found.append(
+            f"{', '.join(below)}: below the noise floor of {floor:.2g} nats, differences among them mean nothing"
+        )
     for name, layers in record.get("layers", {}).items():
         found += [f"{_short(name)}: {note}" for note in layers["notes"]]
     return list(dict.fromkeys(found))

@@ -30,7 +30,9 @@ MEASURES = (  # key, heading, scale, unit, better
 @functools.cache
 def reference_points() -> dict[str, Any]:
     """Published losses that give scale to the plot."""
-    return tomllib.loads(resources.files("fewbit.report").joinpath("data/reference_points.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(
+        resources.files("fewbit.report").joinpath("data/reference_points.toml").read_text(encoding="utf-8")
+    )
 
 
 def names_of(record: Record) -> dict[tuple[str, str], str]:
@@ -77,11 +79,16 @@ def _section(title: str, *parts: Part, note: str = "") -> dict[str, Any]:
 
 
 def _chart(svg: str, title: str = "", note: str = "") -> Part:
-    return {"kind": "chart", "svg": Markup(svg), "title": title, "note": note} if svg else {}  # charts escape their own words
+    return (
+        {"kind": "chart", "svg": Markup(svg), "title": title, "note": note} if svg else {}
+    )  # charts escape their own words
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> Part:
-    cells = [[cell if isinstance(cell, dict) else {"value": cell, "error": "", "best": False} for cell in row] for row in rows]
+    cells = [
+        [cell if isinstance(cell, dict) else {"value": cell, "error": "", "best": False} for cell in row]
+        for row in rows
+    ]
     return {"kind": "table", "heads": heads, "rows": cells, "note": note}
 
 
@@ -93,15 +100,27 @@ def _cell(estimate: Record, scale: float = 1.0, unit: str = "", best: bool = Fal
 def _plot(record: Record) -> dict[str, Any]:
     labels = names_of(record)
     marks = [
-        charts.Mark(labels[item["name"], item["path"]], item["bits_per_weight"], item["kl"]["value"], item["kl"]["low"] or 0.0, item["kl"]["high"] or item["kl"]["value"])
+        charts.Mark(
+            labels[item["name"], item["path"]],
+            item["bits_per_weight"],
+            item["kl"]["value"],
+            item["kl"]["low"] or 0.0,
+            item["kl"]["high"] or item["kl"]["value"],
+        )
         for item in record["scores"]
     ]
     known = reference_points()
     low, high = min(mark.x for mark in marks) - 1.5, max(mark.x for mark in marks) + 0.5
-    marks += [charts.Mark(p["label"], p["bits"], p["kl"], p["kl"], p["kl"], "reference") for p in known["points"] if low <= p["bits"] <= high]
+    marks += [
+        charts.Mark(p["label"], p["bits"], p["kl"], p["kl"], p["kl"], "reference")
+        for p in known["points"]
+        if low <= p["bits"] <= high
+    ]
     floor = max((item["kl"]["value"] for item in record["noise_floor"]), default=None)
     note = f"Bars are 95 % intervals. Circles in grey: {known['name']}, another and larger model, for scale only. All tensors count, those kept in 16 bits too."
-    drawn = charts.size_against_loss(marks, floor or None, "bits per weight, over all tensors", "mean KL divergence from the base, nats")
+    drawn = charts.size_against_loss(
+        marks, floor or None, "bits per weight, over all tensors", "mean KL divergence from the base, nats"
+    )
     return _section("Size against loss", _chart(drawn, note=note))
 
 
@@ -110,22 +129,46 @@ def _fidelity(record: Record) -> dict[str, Any]:
     rows = []
     for item in sorted(record["scores"], key=lambda item: item["kl"]["value"]):
         cells = [_cell(item[key], scale, unit) for key, _, scale, unit, _ in MEASURES]
-        rows.append([labels[item["name"], item["path"]], human_bytes(item["bytes"]), f"{item['bits_per_weight']:.2f}", *cells])
+        rows.append(
+            [labels[item["name"], item["path"]], human_bytes(item["bytes"]), f"{item['bits_per_weight']:.2f}", *cells]
+        )
     for column, (key, *_, better) in enumerate(MEASURES, 3):
         best = better(item[key]["value"] for item in record["scores"])
         for row, item in zip(rows, sorted(record["scores"], key=lambda item: item["kl"]["value"]), strict=True):
             row[column]["best"] = item[key]["value"] == best
     base = _cell(record["scores"][0]["base_perplexity"])
-    rows.append([f"base: {short(record['base']['name'])}", human_bytes(record["base"]["bytes"]), f"{8 * record['base']['bytes'] / record['base']['weights']:.2f}", base, *["·"] * 5])
+    rows.append(
+        [
+            f"base: {short(record['base']['name'])}",
+            human_bytes(record["base"]["bytes"]),
+            f"{8 * record['base']['bytes'] / record['base']['weights']:.2f}",
+            base,
+            *["·"] * 5,
+        ]
+    )
     for item in record["noise_floor"]:
         rows.append([item["name"], "·", "·", *[_cell(item[key], scale, unit) for key, _, scale, unit, _ in MEASURES]])
     note = "Least loss first. The base computed in another way stands below: what is smaller than that is noise. Its perplexity is of fewer tokens."
-    return _section("Fidelity", _table(["candidate", "bytes", "bits/w", *(name for _, name, *_ in MEASURES)], rows, note))
+    return _section(
+        "Fidelity", _table(["candidate", "bytes", "bits/w", *(name for _, name, *_ in MEASURES)], rows, note)
+    )
 
 
 def _tails(record: Record) -> dict[str, Any]:
     labels = names_of(record)
-    heads = ["candidate", "KL median", "90 %", "99 %", "99.9 %", "max", "Δp 1 %", "Δp 5 %", "Δp median", "Δp 95 %", "Δp 99 %"]
+    heads = [
+        "candidate",
+        "KL median",
+        "90 %",
+        "99 %",
+        "99.9 %",
+        "max",
+        "Δp 1 %",
+        "Δp 5 %",
+        "Δp median",
+        "Δp 95 %",
+        "Δp 99 %",
+    ]
     rows = []
     for item in sorted(record["scores"], key=lambda item: item["kl"]["value"]):
         kl = [_cell(item["kl_quantiles"][q]) for q in ("0.5", "0.9", "0.99", "0.999", "1.0")]
@@ -151,8 +194,15 @@ def _sizes(record: Record) -> dict[str, Any]:
             ]
         )  # fmt: skip
     context = base.get("memory", {}).get("context")
-    note = f"In memory: weights as stored, and the key-value cache of {context:,} tokens in 16 bits; an engine's own buffers come on top." if context else ""
-    return _section("Size and memory, before and after", _table(["", "format", "weights", "smaller", "bits/w", "cache", "in memory"], rows, note))
+    note = (
+        f"In memory: weights as stored, and the key-value cache of {context:,} tokens in 16 bits; an engine's own buffers come on top."
+        if context
+        else ""
+    )
+    return _section(
+        "Size and memory, before and after",
+        _table(["", "format", "weights", "smaller", "bits/w", "cache", "in memory"], rows, note),
+    )
 
 
 def _layers(name: str, layers: Record) -> list[dict[str, Any]]:
@@ -162,40 +212,96 @@ def _layers(name: str, layers: Record) -> list[dict[str, Any]]:
     columns = [str(block) for block in blocks]
 
     def cells(key: str) -> dict[tuple[int, int], float]:
-        return {(kinds.index(item["kind"]), blocks.index(item["block"])): item[key] for item in inside if item[key] is not None}
+        return {
+            (kinds.index(item["kind"]), blocks.index(item["block"])): item[key]
+            for item in inside
+            if item[key] is not None
+        }
 
-    drawn = [_chart(charts.heat_map(kinds, columns, cells("sqnr_db"), "SQNR", "{:.1f}", invert=True), "SQNR of the weights by block, dB (deeper is worse)")]
+    drawn = [
+        _chart(
+            charts.heat_map(kinds, columns, cells("sqnr_db"), "SQNR", "{:.1f}", invert=True),
+            "SQNR of the weights by block, dB (deeper is worse)",
+        )
+    ]
     if any(item["share"] for item in layers["tensors"]):
         millis = {key: 1000 * value for key, value in cells("share").items()}
-        drawn.insert(0, _chart(charts.heat_map(kinds, columns, millis, "share", "{:.2f}"), "Share of the final KL by block, thousandths of a nat (deeper is worse)"))
-    drift = charts.curves([("drift after the block", [b["drift"] for b in layers["blocks"]]), ("the block's own error", [b["own"] for b in layers["blocks"]])], "drift", "block")
+        drawn.insert(
+            0,
+            _chart(
+                charts.heat_map(kinds, columns, millis, "share", "{:.2f}"),
+                "Share of the final KL by block, thousandths of a nat (deeper is worse)",
+            ),
+        )
+    drift = charts.curves(
+        [
+            ("drift after the block", [b["drift"] for b in layers["blocks"]]),
+            ("the block's own error", [b["own"] for b in layers["blocks"]]),
+        ],
+        "drift",
+        "block",
+    )
     drawn.append(_chart(drift, "Relative error of hidden states through depth"))
     made = [_section(f"Where {short(name)} lost it", *drawn)]
     shares = sorted((item for item in layers["tensors"] if item["share"]), key=lambda item: -abs(item["share"]))[:16]
     if shares:
         total = layers["kl"]
-        rows = [(item["name"].removesuffix(".weight").removeprefix("model."), item["share"], f"{item['share'] / total:.1%} · {item['stored']}") for item in shares]
+        rows = [
+            (
+                item["name"].removesuffix(".weight").removeprefix("model."),
+                item["share"],
+                f"{item['share'] / total:.1%} · {item['stored']}",
+            )
+            for item in shares
+        ]
         note = f"Shares add up to {layers['explained']:.5f} of {total:.5f} nats, on {layers['tokens']:,} tokens. Bits given to the tensors at the top buy most."
-        made.append(_section("Sensitivity: the tensors that cost most", _chart(charts.bars(rows, "share of the final KL"), note=note)))
+        made.append(
+            _section(
+                "Sensitivity: the tensors that cost most", _chart(charts.bars(rows, "share of the final KL"), note=note)
+            )
+        )
     return made
 
 
 def _distribution(name: str, found: Record) -> dict[str, Any]:
     parts = []
-    weights = charts.histograms(found["low"], found["high"], [("base", found["base"]), (short(name), found["candidate"])], "weights")
-    parts.append(_chart(weights, f"Weights of {found['tensor']}", "Filled: the base; outlined: what the candidate decodes to."))
+    weights = charts.histograms(
+        found["low"], found["high"], [("base", found["base"]), (short(name), found["candidate"])], "weights"
+    )
+    parts.append(
+        _chart(weights, f"Weights of {found['tensor']}", "Filled: the base; outlined: what the candidate decodes to.")
+    )
     if found.get("codes"):
         used = f"{found['codes_used']} of {found['codes_possible']} codes are used; entropy {found['entropy']:.2f} bits of {found['bits']:g} stored."
-        parts.append(_chart(charts.histograms(found["codes_low"], found["codes_high"], [("codes", found["codes"])], "codes"), "Codes", used))
+        parts.append(
+            _chart(
+                charts.histograms(found["codes_low"], found["codes_high"], [("codes", found["codes"])], "codes"),
+                "Codes",
+                used,
+            )
+        )
     return _section(f"One tensor of {short(name)}", *parts)
 
 
 def _damaged(name: str, tokens: Sequence[Record]) -> dict[str, Any]:
-    parts = [{"kind": "token", **item, "kl": f"{item['kl']:.2f}", **{key: f"{item[key]:.1%}" for key in ("p", "base_p", "p_correct", "base_p_correct")}} for item in tokens]
+    parts = [
+        {
+            "kind": "token",
+            **item,
+            "kl": f"{item['kl']:.2f}",
+            **{key: f"{item[key]:.1%}" for key in ("p", "base_p", "p_correct", "base_p_correct")},
+        }
+        for item in tokens
+    ]
     return _section(f"Most damaged tokens of {short(name)}", *parts)
 
 
-EXTRA = (("engines", "Reference path against real engines"), ("generation", "Greedy continuations"), ("tasks", "Tasks"), ("embedding", "Embeddings"))
+EXTRA = (
+    ("engines", "Reference path against real engines"),
+    ("generation", "Greedy continuations"),
+    ("tasks", "Tasks"),
+    ("embedding", "Embeddings"),
+)
 
 
 def _table_section(record: Record, key: str, title: str) -> dict[str, Any]:
@@ -212,11 +318,33 @@ def _making(record: Record) -> dict[str, Any]:
         if item["name"] in seen:
             continue
         seen.add(item["name"])
-        rows = [("path", item["name"]), ("format", facts["format"]), ("schemes", ", ".join(f"{scheme} ({human_count(count)} weights)" for scheme, count in facts["schemes"].items()))]
+        rows = [
+            ("path", item["name"]),
+            ("format", facts["format"]),
+            (
+                "schemes",
+                ", ".join(f"{scheme} ({human_count(count)} weights)" for scheme, count in facts["schemes"].items()),
+            ),
+        ]
         rows += [(key.replace("_", " "), facts[key]) for key in ("made_by", "made_from", "command") if facts.get(key)]
-        rows += [("recipe", ", ".join(f"{key} {value}" for key, value in facts["recipe"].items() if value not in (None, [], {}, False)))] if facts.get("recipe") else []
+        rows += (
+            [
+                (
+                    "recipe",
+                    ", ".join(
+                        f"{key} {value}" for key, value in facts["recipe"].items() if value not in (None, [], {}, False)
+                    ),
+                )
+            ]
+            if facts.get("recipe")
+            else []
+        )
         rows += [("fingerprint", facts["fingerprint"])]
-        rows += [("sha256", f"{name} {value}") for name, value in facts.get("hashes", {}).items() if name.endswith((".safetensors", ".gguf"))]
+        rows += [
+            ("sha256", f"{name} {value}")
+            for name, value in facts.get("hashes", {}).items()
+            if name.endswith((".safetensors", ".gguf"))
+        ]
         parts.append({"kind": "facts", "title": short(item["name"]), "rows": rows, "open": len(record["scores"]) == 1})
     return _section("What was done", *parts)
 
@@ -225,13 +353,32 @@ def _method(record: Record) -> dict[str, Any]:
     used, scores = record["resources"], record["scores"]
     rows = [
         ("tokens", f"{record['text']['scored']:,} scored, sha256 {record['text']['digest']}"),
-        ("errors", f"one standard error of cluster means over {scores[0]['clusters']} documents or windows; quantiles after Woodruff"),
-        ("path", "weights decoded, activations quantised as the config says, float32, the model's own code; engines only where named"),
+        (
+            "errors",
+            f"one standard error of cluster means over {scores[0]['clusters']} documents or windows; quantiles after Woodruff",
+        ),
+        (
+            "path",
+            "weights decoded, activations quantised as the config says, float32, the model's own code; engines only where named",
+        ),
         ("base", record["base"]["fingerprint"]),
-        ("passes", f"{used['forward_passes']} forward passes; base {'from the cache' if used['base_from_cache'] else 'computed'}"),
-        ("memory", f"{human_bytes(used['peak_bytes'])} at the peak, at most {human_bytes(used['predicted_peak_bytes'])} foreseen"),
+        (
+            "passes",
+            f"{used['forward_passes']} forward passes; base {'from the cache' if used['base_from_cache'] else 'computed'}",
+        ),
+        (
+            "memory",
+            f"{human_bytes(used['peak_bytes'])} at the peak, at most {human_bytes(used['predicted_peak_bytes'])} foreseen",
+        ),
     ]
     if used["cache_bytes"]:
         bound = max(item["kl_error_bound"] for item in scores)
-        rows.append(("base kept", f"{human_bytes(used['cache_bytes'])}, {used['cache_bytes'] / used['full_logits_bytes']:.2%} of its float32 logits; every mean KL exact to {bound:.1g} nats"))
-    return _section("How it was measured", {"kind": "facts", "title": "tokens, errors, memory", "rows": rows, "open": True})
+        rows.append(
+            (
+                "base kept",
+                f"{human_bytes(used['cache_bytes'])}, {used['cache_bytes'] / used['full_logits_bytes']:.2%} of its float32 logits; every mean KL exact to {bound:.1g} nats",
+            )
+        )
+    return _section(
+        "How it was measured", {"kind": "facts", "title": "tokens, errors, memory", "rows": rows, "open": True}
+    )

@@ -110,4 +110,7 @@ def _table(scores: Sequence[Record]) -> Any:
 def _extra(found: Record) -> Any:
     """A table that `eval` made besides: cells are words or {"value", "stderr"}."""
     columns = [(head, "left" if index == 0 else "right") for index, head in enumerate(found["heads"])]
-    return table(columns, [[estimate(cell) if isinstance(cell, Mapping) else short(str(cell)) for cell in row] for row in found["rows"]])
+    return table(
+        columns,
+        [[estimate(cell) if isinstance(cell, Mapping) else short(str(cell)) for cell in row] for row in found["rows"]],
+    )

@@ -38,7 +38,9 @@ def render(*parts: Any, width: int | None = None) -> str:
     import sys
 
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    console = Console(file=io.StringIO(), force_terminal=colour, width=width or (None if colour else 120), highlight=False)
+    console = Console(
+        file=io.StringIO(), force_terminal=colour, width=width or (None if colour else 120), highlight=False
+    )
     for part in parts:
         console.print(part)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
@@ -46,7 +48,9 @@ def render(*parts: Any, width: int | None = None) -> str:
 
 def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]], title: str = "") -> Table:
     """A plain table; a column is (heading, "left" | "right")."""
-    made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold", title_style="bold")
+    made = Table(
+        title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold", title_style="bold"
+    )
     for heading, side in columns:
         made.add_column(heading, justify=side, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
@@ -61,7 +65,9 @@ def plan_page(plan: Plan) -> str:
         parts += [_output_table(output), _totals(output), ""]
     parts += [f"rewrite, {text}" for text in plan.rewrites]
     parts += [f"warning: {text}" for text in plan.warnings]
-    parts.append(f"memory: {human_bytes(plan.peak_bytes)} at its peak (predicted); disk: {human_bytes(plan.disk_bytes)}")
+    parts.append(
+        f"memory: {human_bytes(plan.peak_bytes)} at its peak (predicted); disk: {human_bytes(plan.disk_bytes)}"
+    )
     if plan.needs:
         parts.append(f"calibration statistics: {', '.join(plan.needs)}")
     return render(*parts)
@@ -72,7 +78,15 @@ def _output_table(output: Output) -> Table:
         (role, stored, count, human_count(numel), human_bytes(nbytes), f"{8 * nbytes / max(1, numel):.3f}", reason)
         for (role, stored, reason), count, numel, nbytes in output.groups()
     ]
-    columns = [("role", "left"), ("stored as", "left"), ("tensors", "right"), ("weights", "right"), ("bytes", "right"), ("bits/w", "right"), ("because", "left")]
+    columns = [
+        ("role", "left"),
+        ("stored as", "left"),
+        ("tensors", "right"),
+        ("weights", "right"),
+        ("bytes", "right"),
+        ("bits/w", "right"),
+        ("because", "left"),
+    ]
     return table(columns, rows, title=output.target)
 
 
@@ -109,18 +123,44 @@ def survey_page(found: dict[str, Any], tensors: bool = False) -> str:
         f"{human_count(found['weights'])} weights in {found['tensors']} tensors, {human_bytes(found['bytes'])}, "
         f"{found['bits_per_weight']:.3f} bits per weight",
     ]
-    columns = [("role", "left"), ("stored as", "left"), ("tensors", "right"), ("weights", "right"), ("bytes", "right"), ("bits/w", "right")]
+    columns = [
+        ("role", "left"),
+        ("stored as", "left"),
+        ("tensors", "right"),
+        ("weights", "right"),
+        ("bytes", "right"),
+        ("bits/w", "right"),
+    ]
     rows = [
-        (row["role"], row["stored"], row["tensors"], human_count(row["weights"]), human_bytes(row["bytes"]), f"{8 * row['bytes'] / max(1, row['weights']):.3f}")
+        (
+            row["role"],
+            row["stored"],
+            row["tensors"],
+            human_count(row["weights"]),
+            human_bytes(row["bytes"]),
+            f"{8 * row['bytes'] / max(1, row['weights']):.3f}",
+        )
         for row in found["groups"]
     ]
     parts: list[Any] = [*head, "", table(columns, rows)]
     if tensors:
         each = [
-            (item["name"], item["stored"], "x".join(map(str, item["shape"])), human_bytes(item["bytes"]), f"{8 * item['bytes'] / max(1, item['weights']):.3f}")
+            (
+                item["name"],
+                item["stored"],
+                "x".join(map(str, item["shape"])),
+                human_bytes(item["bytes"]),
+                f"{8 * item['bytes'] / max(1, item['weights']):.3f}",
+            )
             for item in found["list"]
         ]
-        parts += ["", table([("tensor", "left"), ("stored as", "left"), ("shape", "left"), ("bytes", "right"), ("bits/w", "right")], each)]
+        parts += [
+            "",
+            table(
+                [("tensor", "left"), ("stored as", "left"), ("shape", "left"), ("bytes", "right"), ("bits/w", "right")],
+                each,
+            ),
+        ]
     parts += [f"warning: {text}" for text in found["warnings"]]
     return render(*parts)
 
@@ -128,7 +168,14 @@ def survey_page(found: dict[str, Any], tensors: bool = False) -> str:
 def scores_page(base: str, text: str, scores: Sequence[Any]) -> str:
     """Fidelity of candidates as `fewbit eval` shows it: value ± standard error."""
     first = scores[0]
-    columns = [("candidate", "left"), ("bytes", "right"), ("bits/w", "right"), ("perplexity", "right"), ("ratio", "right"), ("KL, nats", "right")]
+    columns = [
+        ("candidate", "left"),
+        ("bytes", "right"),
+        ("bits/w", "right"),
+        ("perplexity", "right"),
+        ("ratio", "right"),
+        ("KL, nats", "right"),
+    ]
     columns += [("KL median", "right"), ("99 %", "right"), ("same top 1", "right"), ("RMS Δp", "right")]
     rows = []
     for score in scores:
@@ -148,7 +195,12 @@ def scores_page(base: str, text: str, scores: Sequence[Any]) -> str:
             )
         )
     perplexity = _with_error(*first.measures["base_perplexity"])
-    return render(f"base {base}: perplexity {perplexity} over {first.tokens:,} tokens of {text}", "", table(columns, rows), width=200)
+    return render(
+        f"base {base}: perplexity {perplexity} over {first.tokens:,} tokens of {text}",
+        "",
+        table(columns, rows),
+        width=200,
+    )
 
 
 def _with_error(value: float, error: float) -> str:
@@ -171,10 +223,19 @@ def conversion_page(plan: Any, done: Any = None) -> str:
         key = (one.kind, str(one.scheme) if one.scheme else "-", one.how)
         worst[key] = max(worst.get(key, 0.0), one.error or 0.0)
     columns = [("what", "left"), ("weights", "right"), ("scheme", "left"), ("how", "left"), ("error at most", "right")]
-    rows = [(kind, count, scheme, how, f"{worst[kind, scheme, how]:.3g}") for (kind, scheme, how), count in groups.items()]
-    parts: list[Any] = [table(columns, rows, title=f"{plan.source} -> {plan.target}"), f"{len(plan.kept)} other tensors are copied as they are"]
+    rows = [
+        (kind, count, scheme, how, f"{worst[kind, scheme, how]:.3g}") for (kind, scheme, how), count in groups.items()
+    ]
+    parts: list[Any] = [
+        table(columns, rows, title=f"{plan.source} -> {plan.target}"),
+        f"{len(plan.kept)} other tensors are copied as they are",
+    ]
     if done is not None:
-        moved = "no value changed" if done.exact else f"{len(done.errors)} weights changed, by {max(done.errors.values()):.3g} at most (relative)"
+        moved = (
+            "no value changed"
+            if done.exact
+            else f"{len(done.errors)} weights changed, by {max(done.errors.values()):.3g} at most (relative)"
+        )
         parts.append(f"{done.out}: {human_bytes(done.nbytes)}; {moved}")
     return render(*parts)
 
@@ -183,7 +244,9 @@ def verified_page(found: Any) -> str:
     """What `verify` found: findings first, then the weights that keep least of their source."""
     parts: list[Any] = [f"{found.path}: {found.format or 'plain weights'}", found.summary]
     if found.compared:
-        rows = [(item.tensor, item.scheme, f"{item.sqnr_db:.1f}", f"{item.expected_db:.1f}") for item in found.compared[:5]]
+        rows = [
+            (item.tensor, item.scheme, f"{item.sqnr_db:.1f}", f"{item.expected_db:.1f}") for item in found.compared[:5]
+        ]
         columns = [("least alike", "left"), ("scheme", "left"), ("SQNR dB", "right"), ("plain rounding", "right")]
         parts += ["", table(columns, rows)]
     parts += [f"note: {note}" for note in found.notes]

@@ -20,6 +20,7 @@ import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,12 @@ class Calibrated:
         self.needs = frozenset(run.plan.needs)
         vocab = self._vocabulary()
         self.text: Calibration = calibration(
-            recipe["calib"] or "default", source.root, recipe["calib_samples"], recipe["calib_length"], recipe["seed"], vocab
+            recipe["calib"] or "default",
+            source.root,
+            recipe["calib_samples"],
+            recipe["calib_length"],
+            recipe["seed"],
+            vocab,
         )
         self.scratch: Path = run.sinks[0].scratch
         self._check_same_text()
@@ -88,14 +94,20 @@ class Calibrated:
         self.batch = min(self.text.tokens.shape[0], max(1, BATCH_TOKENS // self.text.tokens.shape[1]))
 
     def _vocabulary(self) -> int:
-        sizes = [info.shape[0] for name, info in self.run.source.manifest.items() if len(info.shape) == 2 and "emb" in name or "wte" in name]
+        sizes = [
+            info.shape[0]
+            for name, info in self.run.source.manifest.items()
+            if (len(info.shape) == 2 and "emb" in name) or "wte" in name
+        ]
         return max(sizes, default=1 << 62)
 
     def _check_same_text(self) -> None:
         """A resumed run must see the tokens that the interrupted one saw."""
         before = self.run.sinks[0].notes.get("calibration", {}).get("digest")
         if before is not None and before != self.text.digest:
-            raise InputError("FB-E0411", "the calibration text has changed since this run was interrupted", file=self.scratch)
+            raise InputError(
+                "FB-E0411", "the calibration text has changed since this run was interrupted", file=self.scratch
+            )
         if before is None:
             self.run.sinks[0].note("calibration", {"digest": self.text.digest, "summary": self.text.summary})
         for warning in self.text.warnings:
@@ -114,7 +126,9 @@ class Calibrated:
                 self._checkpoint(index, quantised, floats)
             yield from self._outside(trunk, quantised, floats)
 
-    def _enter(self, trunk: Params, stack: contextlib.ExitStack) -> tuple[list[dict[str, Any]], ActStore, ActStore | None]:
+    def _enter(
+        self, trunk: Params, stack: contextlib.ExitStack
+    ) -> tuple[list[dict[str, Any]], ActStore, ActStore | None]:
         """Hidden states before block 0 for all sequences, and the blocks' arguments (equal for all batches of one size)."""
         tokens = self.text.tokens
         entry = self.model.enter(trunk, tokens[: self.batch])
@@ -137,17 +151,28 @@ class Calibrated:
 
     def _weigh_by_loss(self, trunk: Params) -> None:
         """Runs the backward pass once, where a solver uses it; its grams stay in the scratch folder."""
-        if not any(self.run.options_all(group.job).get("loss_weighting") for groups in self.by_tensor.values() for group in groups):
+        if not any(
+            self.run.options_all(group.job).get("loss_weighting")
+            for groups in self.by_tensor.values()
+            for group in groups
+        ):
             return
         if (self.scratch / "fisher-done").exists():
             return
         tracked = [
-            {self.model.local(index, slot): slot.name for slot in self.model.block_slots(index) if slot.name in self.by_tensor and slot.expert is None}
+            {
+                self.model.local(index, slot): slot.name
+                for slot in self.model.block_slots(index)
+                if slot.name in self.by_tensor and slot.expert is None
+            }
             for index in range(len(self.model))
         ]
         tokens = self.text.tokens[:FISHER_SAMPLES]
         width = max(info.shape[-1] for info in self.run.source.manifest.values() if info.shape)
-        spill = tokens.numel() * width * self.model.dtype.itemsize * (len(self.model) + 2) > SPILL_SHARE * self.run.settings.ram
+        spill = (
+            tokens.numel() * width * self.model.dtype.itemsize * (len(self.model) + 2)
+            > SPILL_SHARE * self.run.settings.ram
+        )
 
         def told(index: int) -> None:
             self.run._check_stop()
@@ -183,7 +208,9 @@ class Calibrated:
 
     # ---- one block
 
-    def _block(self, index: int, entries: list[dict[str, Any]], quantised: ActStore, floats: ActStore | None) -> Iterator[tuple[Group, Solved]]:
+    def _block(
+        self, index: int, entries: list[dict[str, Any]], quantised: ActStore, floats: ActStore | None
+    ) -> Iterator[tuple[Group, Solved]]:
         model = self.model
         params = model.load_block(index, self.run.source.read)
         originals = {name: value.clone() for name, value in params.items()} if floats is not None else params
@@ -210,11 +237,15 @@ class Calibrated:
         if floats is not None:
             self._advance(index, originals, kwargs, floats)
 
-    def _stages(self, index: int, params: Params, by_param: dict[str, list[Slot]], hidden: torch.Tensor, kwargs: dict[str, Any]) -> list[Stage]:
+    def _stages(
+        self, index: int, params: Params, by_param: dict[str, list[Slot]], hidden: torch.Tensor, kwargs: dict[str, Any]
+    ) -> list[Stage]:
         """Which parameters share inputs, in the order in which the block uses them, from one pass over a batch."""
         uses: list[Use] = []
         with Observer({name: params[name] for name in by_param}, lambda use: uses.append(use)):
-            self.model.run_block(index, params, hidden[:1].to(self.model.device), self.model.arguments(kwargs, self.batch, 1))
+            self.model.run_block(
+                index, params, hidden[:1].to(self.model.device), self.model.arguments(kwargs, self.batch, 1)
+            )
         stages: list[Stage] = []
         last: torch.Tensor | None = None
         seen: set[str] = set()
@@ -247,12 +278,18 @@ class Calibrated:
         for batch in range(len(quantised)):
             self.run._check_stop()
             seen = self._inputs(index, stage, params, kwargs, quantised.get(batch))
-            other = self._inputs(index, stage, originals, kwargs, floats.get(batch)) if paired and floats is not None else {}
+            other = (
+                self._inputs(index, stage, originals, kwargs, floats.get(batch))
+                if paired and floats is not None
+                else {}
+            )
             for expert, x in seen.items():
                 stats[expert] = stats.get(expert, Stats()).add(x, other.get(expert), needs=frozenset(needs))
         return stats
 
-    def _inputs(self, index: int, stage: Stage, params: Params, kwargs: dict[str, Any], hidden: torch.Tensor) -> dict[int | None, torch.Tensor]:
+    def _inputs(
+        self, index: int, stage: Stage, params: Params, kwargs: dict[str, Any], hidden: torch.Tensor
+    ) -> dict[int | None, torch.Tensor]:
         """What the stage's weights are multiplied with for one batch."""
         found: dict[int | None, torch.Tensor] = {}
 
@@ -263,19 +300,32 @@ class Calibrated:
                 raise StopForward
 
         with contextlib.suppress(StopForward), Observer({stage.params[0]: params[stage.params[0]]}, take):
-            self.model.run_block(index, params, hidden.to(self.model.device), self.model.arguments(kwargs, self.batch, hidden.shape[0]))
+            self.model.run_block(
+                index, params, hidden.to(self.model.device), self.model.arguments(kwargs, self.batch, hidden.shape[0])
+            )
         return found
 
     def _advance(self, index: int, params: Params, kwargs: dict[str, Any], store: ActStore) -> None:
         for batch in range(len(store)):
             hidden = store.get(batch)
-            store.put(batch, self.model.run_block(index, params, hidden.to(self.model.device), self.model.arguments(kwargs, self.batch, hidden.shape[0])))
+            store.put(
+                batch,
+                self.model.run_block(
+                    index,
+                    params,
+                    hidden.to(self.model.device),
+                    self.model.arguments(kwargs, self.batch, hidden.shape[0]),
+                ),
+            )
 
     # ---- one tensor
 
     def _solve(self, index: int, slot: Slot, stats: dict[int | None, Stats]) -> list[tuple[Group, Solved]]:
         """All answers for one stored tensor: one per scheme that the outputs ask for. The first is the one that is propagated."""
-        return [(group, self._answer(group.job, slot, self._matrix(slot.name), stats)) for group in self.by_tensor[slot.name]]
+        return [
+            (group, self._answer(group.job, slot, self._matrix(slot.name), stats))
+            for group in self.by_tensor[slot.name]
+        ]
 
     def _matrix(self, name: str) -> torch.Tensor:
         """A stored weight as solvers want it, [..., out, in]: transforms that move whole rows come after solving."""
@@ -302,8 +352,12 @@ class Calibrated:
             assert job.scheme is not None
             seen = [one.absmax.max() for one in stats.values() if one.absmax is not None]
             largest = Stats(absmax=torch.stack(seen)) if seen else None
-            q = with_inputs(stack_experts(job.scheme, tuple(weight.shape), [part.q for part in parts]), job.scheme, largest)
-            return Solved(q, sum(part.loss for part in parts), tuple(dict.fromkeys(n for part in parts for n in part.notes)))
+            q = with_inputs(
+                stack_experts(job.scheme, tuple(weight.shape), [part.q for part in parts]), job.scheme, largest
+            )
+            return Solved(
+                q, sum(part.loss for part in parts), tuple(dict.fromkeys(n for part in parts for n in part.notes))
+            )
         label = "" if slot.expert is None else f"expert {slot.expert}"
         return self._one(job, weight, stats.get(slot.expert), label)
 
@@ -321,7 +375,9 @@ class Calibrated:
                 stats = replace(stats, cross_gram=stats.gram)  # no second stream here: no drift to correct
             if stats is not None and job.name in self.grams and not label:
                 stats = replace(stats, out_gram=self.grams[job.name].to(weight.device))
-            found = solver(weight, stats, job.scheme, seed=self.run.plan.recipe["seed"], options=self.run.options_for(job))
+            found = solver(
+                weight, stats, job.scheme, seed=self.run.plan.recipe["seed"], options=self.run.options_for(job)
+            )
         except FewbitError as error:
             if error.tensor is None:
                 error.tensor = job.name
@@ -352,7 +408,10 @@ class Calibrated:
             for batch in range(len(quantised)) if slot is not None else ():
                 start, stop = quantised.span(batch)
                 seen: list[torch.Tensor] = []
-                with contextlib.suppress(StopForward), Observer({name: trunk[slot.param]}, lambda use: self._seen(use, seen)):
+                with (
+                    contextlib.suppress(StopForward),
+                    Observer({name: trunk[slot.param]}, partial(self._seen, seen)),
+                ):
                     self.model.leave(trunk, self.text.tokens[start:stop], quantised.get(batch))
                 for x in seen:
                     stats[None] = stats.get(None, Stats()).add(x, x, needs=self.needs)
@@ -362,7 +421,7 @@ class Calibrated:
                 for group, piece in self._solve(len(self.model), slot, stats):
                     yield from self._assembled(group, name, piece)
 
-    def _seen(self, use: Use, seen: list[torch.Tensor]) -> None:
+    def _seen(self, seen: list[torch.Tensor], use: Use) -> None:
         seen.append(use.x)
         raise StopForward
 
@@ -386,4 +445,11 @@ def stack_experts(scheme: Scheme, shape: tuple[int, ...], parts: list[QTensor]) 
         return torch.stack(stored)
 
     codes = torch.stack([part.codes for part in parts])
-    return QTensor(scheme, shape, codes, stacked("scale", scheme.scale), stacked("code_shift", scheme.code_shift), stacked("value_shift", scheme.value_shift))
+    return QTensor(
+        scheme,
+        shape,
+        codes,
+        stacked("scale", scheme.scale),
+        stacked("code_shift", scheme.code_shift),
+        stacked("value_shift", scheme.value_shift),
+    )

@@ -103,7 +103,11 @@ def _json_lines(text: str, file: object) -> Iterator[Document]:
             try:
                 yield _document(json.loads(line))
             except (ValueError, TypeError, AttributeError) as error:
-                raise InputError("FB-E0730", f"line {number} of the calibration text is not a JSON record with text: {error}", file=file) from None
+                raise InputError(
+                    "FB-E0730",
+                    f"line {number} of the calibration text is not a JSON record with text: {error}",
+                    file=file,
+                ) from None
 
 
 def _document(row: Any) -> Document:
@@ -112,7 +116,10 @@ def _document(row: Any) -> Document:
     messages = row.get("messages") or row.get("conversations")
     domain = str(row.get("domain") or row.get("kind") or row.get("source") or "")
     if messages:
-        turns = [{"role": m.get("role") or m.get("from") or "user", "content": m.get("content") or m.get("value") or ""} for m in messages]
+        turns = [
+            {"role": m.get("role") or m.get("from") or "user", "content": m.get("content") or m.get("value") or ""}
+            for m in messages
+        ]
         return Document(messages=tuple(turns), domain=domain)
     key = next((key for key in TEXT_KEYS if isinstance(row.get(key), str)), None)
     if key is None:
@@ -140,7 +147,11 @@ class Tokens:
 
             self.inner = AutoTokenizer.from_pretrained(str(root), trust_remote_code=False)
         except Exception as error:  # whatever a tokenizer file provokes is bad input, named as such
-            raise InputError("FB-E0731", f"no tokenizer can be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", file=root) from None
+            raise InputError(
+                "FB-E0731",
+                f"no tokenizer can be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                file=root,
+            ) from None
 
     def ids(self, document: Document) -> list[int]:
         """Token ids of a document; a conversation goes through the model's chat template."""
@@ -158,7 +169,9 @@ class Tokens:
         return [] if end is None else [end]
 
 
-def calibration(name: str, root: Path, samples: int, length: int, seed: int, vocab: int, packed: bool = True) -> Calibration:
+def calibration(
+    name: str, root: Path, samples: int, length: int, seed: int, vocab: int, packed: bool = True
+) -> Calibration:
     """Calibration tokens [samples, length] of a text for a checkpoint.
 
     Args:
@@ -173,7 +186,11 @@ def calibration(name: str, root: Path, samples: int, length: int, seed: int, voc
     random.Random(seed).shuffle(order)
     tokenizer = Tokens(root)
     domains: Counter[str] = Counter()
-    windows = list(_packed(documents, order, tokenizer, samples, length, domains) if packed else _heads(documents, order, tokenizer, samples, length, domains))
+    windows = list(
+        _packed(documents, order, tokenizer, samples, length, domains)
+        if packed
+        else _heads(documents, order, tokenizer, samples, length, domains)
+    )
     if not windows:
         raise InputError("FB-E0732", f"the calibration text {name} gives no window of {length} tokens")
     tokens = torch.tensor(windows, dtype=torch.int64)
@@ -182,7 +199,9 @@ def calibration(name: str, root: Path, samples: int, length: int, seed: int, voc
     distinct = int(tokens.unique().numel())
     warnings = []
     if len(windows) < samples:
-        warnings.append(f"the calibration text gives {len(windows)} windows of {length} tokens, {samples} were asked for")
+        warnings.append(
+            f"the calibration text gives {len(windows)} windows of {length} tokens, {samples} were asked for"
+        )
     if distinct < min(1000, vocab // 8):
         warnings.append(f"the calibration text uses only {distinct} distinct tokens of {vocab}")
     summary = {

@@ -123,7 +123,9 @@ def identity(plan: Plan, source: Source) -> dict[str, Any]:
     }
 
 
-def run_plan(plan: Plan, source: Source, out: Path, settings: Settings, calibrated: Callable[..., Any] | None = None) -> Outcome:
+def run_plan(
+    plan: Plan, source: Source, out: Path, settings: Settings, calibrated: Callable[..., Any] | None = None
+) -> Outcome:
     """Carries out a plan.
 
     Args:
@@ -173,14 +175,18 @@ def _open_sinks(plan: Plan, source: Source, out: Path, settings: Settings, shard
 
 def output_folder(plan: Plan, index: int) -> str:
     """Folder name of one of several outputs: its target, made safe for file systems."""
-    safe = [("".join(c if c.isalnum() or c in "._-" else "-" for c in output.target)).strip("-") for output in plan.outputs]
+    safe = [
+        ("".join(c if c.isalnum() or c in "._-" else "-" for c in output.target)).strip("-") for output in plan.outputs
+    ]
     return safe[index] if safe.count(safe[index]) == 1 else f"{safe[index]}-{index + 1}"
 
 
 class _Run:
     """State of one run: what is done, what is in flight, whether to stop."""
 
-    def __init__(self, plan: Plan, source: Source, settings: Settings, room: Budget, sinks: list[Sink], who: dict[str, Any]) -> None:
+    def __init__(
+        self, plan: Plan, source: Source, settings: Settings, room: Budget, sinks: list[Sink], who: dict[str, Any]
+    ) -> None:
         self.plan, self.source, self.settings, self.room, self.sinks = plan, source, settings, room, sinks
         self.gate = ByteGate(room.bytes)
         self.stop = threading.Event()
@@ -203,7 +209,9 @@ class _Run:
                 self.finished += group.job.numel
             else:
                 todo.append(group)
-        self.settings.on_event({"event": "start", "total": self.total, "done": self.finished, "jobs": len(groups), "resumed": self.resumed})
+        self.settings.on_event(
+            {"event": "start", "total": self.total, "done": self.finished, "jobs": len(groups), "resumed": self.resumed}
+        )
         if self.plan.needs:
             if calibrated is None:
                 raise InputError("FB-E0406", "this method needs calibration, which this call was given no engine for")
@@ -263,7 +271,10 @@ class _Run:
         if self.imatrix is not None:
             weight, matrix = read_weight(self.source, job).float(), self.imatrix
             return self._located(
-                job, lambda: weighted(matrix, job, lambda w, s: solver(w, s, job.scheme, seed=seed, options=options), weight)
+                job,
+                lambda: weighted(
+                    matrix, job, lambda w, s: solver(w, s, job.scheme, seed=seed, options=options), weight
+                ),
             )
         if step >= rows:
             weight = read_weight(self.source, job)
@@ -276,7 +287,9 @@ class _Run:
 
     def options_for(self, job: Job) -> dict[str, Any]:
         """The recipe's solver options that this job's solver has."""
-        return {name: value for name, value in self.plan.recipe["options"].items() if name in SOLVERS[job.solver].options}
+        return {
+            name: value for name, value in self.plan.recipe["options"].items() if name in SOLVERS[job.solver].options
+        }
 
     def options_all(self, job: Job) -> dict[str, Any]:
         """All options of this job's solver, defaults included."""
@@ -353,7 +366,12 @@ def cat_rows(scheme: Scheme, shape: tuple[int, ...], parts: list[QTensor]) -> QT
 
 def _record(plan: Plan, source: Source, run: _Run) -> dict[str, Any]:
     """What `fewbit-manifest.json` says of the run."""
-    return {"fewbit": fewbit.__version__, "source": plan.source, "source_fingerprint": source.fingerprint(), "recipe": plan.recipe}
+    return {
+        "fewbit": fewbit.__version__,
+        "source": plan.source,
+        "source_fingerprint": source.fingerprint(),
+        "recipe": plan.recipe,
+    }
 
 
 def _interrupted(number: int) -> Interrupted:

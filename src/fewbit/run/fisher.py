@@ -48,10 +48,12 @@ def fisher_pass(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        inputs, kwargs, width = _forward(model, read, trunk, tokens, folder, batch, spill, stack)
+        inputs, kwargs = _forward(model, read, trunk, tokens, folder, batch, spill, stack)
         gradient = _top(model, trunk, tokens, inputs[-1], seed, folder if spill else None, stack)
         for index in reversed(range(len(model))):
-            grams = _backward(model, index, model.load_block(index, read), kwargs[index], inputs[index], gradient, tracked[index])
+            grams = _backward(
+                model, index, model.load_block(index, read), kwargs[index], inputs[index], gradient, tracked[index]
+            )
             inputs[index].close()
             _save(grams, folder / f"fisher-{index}.safetensors")
             on_block(index)
@@ -70,20 +72,31 @@ def _save(grams: dict[str, torch.Tensor], path: Path) -> None:
     beside.replace(path)
 
 
-def _store(like: tuple[int, int, int], model: BlockModel, batch: int, path: Path | None, stack: contextlib.ExitStack) -> ActStore:
+def _store(
+    like: tuple[int, int, int], model: BlockModel, batch: int, path: Path | None, stack: contextlib.ExitStack
+) -> ActStore:
     store = ActStore(like, model.dtype, batch, path)
     stack.callback(store.close)
     return store
 
 
 def _forward(
-    model: BlockModel, read: Read, trunk: Params, tokens: torch.Tensor, folder: Path, batch: int, spill: bool, stack: contextlib.ExitStack
-) -> tuple[list[ActStore], list[dict[str, Any]], int]:
+    model: BlockModel,
+    read: Read,
+    trunk: Params,
+    tokens: torch.Tensor,
+    folder: Path,
+    batch: int,
+    spill: bool,
+    stack: contextlib.ExitStack,
+) -> tuple[list[ActStore], list[dict[str, Any]]]:
     """Inputs of every block and, last, the outputs of the last one."""
     entry = model.enter(trunk, tokens[:batch])
     shape = (tokens.shape[0], tokens.shape[1], entry.hidden.shape[-1])
     recorded = min(batch, tokens.shape[0])
-    stores = [_store(shape, model, batch, folder / f"fisher-in-{i}" if spill else None, stack) for i in range(len(model) + 1)]
+    stores = [
+        _store(shape, model, batch, folder / f"fisher-in-{i}" if spill else None, stack) for i in range(len(model) + 1)
+    ]
     with torch.no_grad():
         for number in range(len(stores[0])):
             start, stop = stores[0].span(number)
@@ -94,11 +107,17 @@ def _forward(
                 hidden = stores[index].get(number).to(model.device)
                 arguments = model.arguments(entry.kwargs[index], recorded, hidden.shape[0])
                 stores[index + 1].put(number, model.run_block(index, params, hidden, arguments))
-    return stores, entry.kwargs, shape[2]
+    return stores, entry.kwargs
 
 
 def _top(
-    model: BlockModel, trunk: Params, tokens: torch.Tensor, last: ActStore, seed: int, folder: Path | None, stack: contextlib.ExitStack
+    model: BlockModel,
+    trunk: Params,
+    tokens: torch.Tensor,
+    last: ActStore,
+    seed: int,
+    folder: Path | None,
+    stack: contextlib.ExitStack,
 ) -> ActStore:
     """Gradient of the loss at the outputs of the last block, labels drawn from the model's own predictions."""
     gradient = _store(last.shape, model, last.batch, folder / "fisher-gradient" if folder else None, stack)
@@ -115,7 +134,13 @@ def _top(
 
 
 def _backward(
-    model: BlockModel, index: int, params: Params, kwargs: dict[str, Any], inputs: ActStore, gradient: ActStore, tracked: Tracked
+    model: BlockModel,
+    index: int,
+    params: Params,
+    kwargs: dict[str, Any],
+    inputs: ActStore,
+    gradient: ActStore,
+    tracked: Tracked,
 ) -> dict[str, torch.Tensor]:
     """Grams of one block's outputs; `gradient` is turned into the gradient at the block's inputs."""
     grams: dict[str, torch.Tensor] = {}

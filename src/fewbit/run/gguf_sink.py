@@ -61,7 +61,9 @@ class GgufSink(ShardSink):
         wanted = {name: (info.dtype, info.shape) for name, info in self.writer.layout.tensors.items()}
         for name in wanted.keys() | found.keys():
             if wanted.get(name) != found.get(name):
-                raise QualityError("FB-E0412", f"planned {wanted.get(name)}, written {found.get(name)}", tensor=name, file=place)
+                raise QualityError(
+                    "FB-E0412", f"planned {wanted.get(name)}, written {found.get(name)}", tensor=name, file=place
+                )
 
 
 def modelfile(gguf: str, plan: GgufPlan) -> str:

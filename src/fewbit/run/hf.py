@@ -75,13 +75,19 @@ def build_config(config: Mapping[str, Any]) -> Any:
     """
     from transformers import AutoConfig
 
-    data = {key: value for key, value in config.items() if not key.startswith("_") and key not in ("auto_map", "quantization_config")}
+    data = {
+        key: value
+        for key, value in config.items()
+        if not key.startswith("_") and key not in ("auto_map", "quantization_config")
+    }
     model_type = data.pop("model_type", None)
     data.pop("transformers_version", None)
     try:
         made = AutoConfig.for_model(model_type, **data)
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError("FB-E0720", f"transformers cannot build a model of type {model_type!r}: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            "FB-E0720", f"transformers cannot build a model of type {model_type!r}: {str(error).splitlines()[0]}"
+        ) from None
     made.use_cache = False
     for part in (made, getattr(made, "text_config", None)):
         if part is not None:
@@ -125,7 +131,9 @@ class BlockModel:
         dtype: of weights and activations.
     """
 
-    def __init__(self, config: Mapping[str, Any], manifest: Manifest, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    def __init__(
+        self, config: Mapping[str, Any], manifest: Manifest, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> None:
         self.module = build_model(config).requires_grad_(False)
         self.dtype, self.device = dtype, torch.device(device)
         self.prefix, self.blocks = find_blocks(self.module)
@@ -142,7 +150,9 @@ class BlockModel:
     def _check_complete(self) -> None:
         for name, _ in self.module.named_parameters():
             if name not in self._by_param and name not in self._tied:
-                raise InputError("FB-E0721", f"the model has a parameter {name!r} that the checkpoint has not", tensor=name)
+                raise InputError(
+                    "FB-E0721", f"the model has a parameter {name!r} that the checkpoint has not", tensor=name
+                )
 
     def block_params(self, index: int) -> dict[str, str]:
         """Local name -> full name of the parameters of a block."""
@@ -171,7 +181,10 @@ class BlockModel:
 
     def load_block(self, index: int, read: Read) -> Params:
         """The parameters of a block, by local name, read from a checkpoint."""
-        return {name: self._gather(f"{self.prefix}.{index}.{name}", param, read) for name, param in self.blocks[index].named_parameters()}
+        return {
+            name: self._gather(f"{self.prefix}.{index}.{name}", param, read)
+            for name, param in self.blocks[index].named_parameters()
+        }
 
     def load_trunk(self, read: Read) -> Params:
         """All parameters outside the blocks, by full name; tied ones share memory."""
@@ -200,7 +213,9 @@ class BlockModel:
     def leave(self, trunk: Params, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Runs everything after the last block; logits [batch, length, vocab] (or hidden states of a model without head)."""
         with self._blocks_as(lambda _hidden, _kwargs: hidden):
-            out = torch.func.functional_call(self.module, trunk, (tokens.to(self.device),), tie_weights=False, strict=False)
+            out = torch.func.functional_call(
+                self.module, trunk, (tokens.to(self.device),), tie_weights=False, strict=False
+            )
         return out.logits if hasattr(out, "logits") else out.last_hidden_state
 
     def _call_backbone(self, trunk: Params, tokens: torch.Tensor) -> None:
@@ -296,7 +311,9 @@ def _stored_as(name: str, manifest: Manifest) -> str | None:
 
 def _spellings(name: str) -> Iterator[str]:
     """Names under which a parameter may be stored: with or without the base model's prefix."""
-    bare = next((name.removeprefix(p) for p in sorted(_PREFIXES, key=len, reverse=True) if p and name.startswith(p)), name)
+    bare = next(
+        (name.removeprefix(p) for p in sorted(_PREFIXES, key=len, reverse=True) if p and name.startswith(p)), name
+    )
     yield name
     for form in (name, bare):
         for prefix in _PREFIXES:

@@ -14,7 +14,15 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _LINEAR = {torch.nn.functional.linear}
-_MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm}
+_MATMUL = {
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    torch.mm,
+    torch.Tensor.mm,
+    torch.bmm,
+    torch.Tensor.bmm,
+}
 _ADDMM = {torch.addmm, torch.Tensor.addmm}
 
 

@@ -64,7 +64,12 @@ def settings(
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return Settings(
-        ram=ram or default_ram(), workers=workers or default_workers(), vram=vram, device=device, overwrite=overwrite, on_event=on_event
+        ram=ram or default_ram(),
+        workers=workers or default_workers(),
+        vram=vram,
+        device=device,
+        overwrite=overwrite,
+        on_event=on_event,
     )
 
 
@@ -79,4 +84,8 @@ def room_for(out: Path, nbytes: int) -> int:
 
 def folder_bytes(path: Path) -> int:
     """Bytes of a file, or of all files below a folder."""
-    return path.stat().st_size if path.is_file() else sum(item.stat().st_size for item in path.rglob("*") if item.is_file())
+    return (
+        path.stat().st_size
+        if path.is_file()
+        else sum(item.stat().st_size for item in path.rglob("*") if item.is_file())
+    )

@@ -157,7 +157,9 @@ class ShardSink:
         if job.target not in self._ledger:
             return False
         hashes = self._ledger.entry(job.target).get("sha256", {})
-        return set(hashes) == set(job.writes) and all(self.writer.hash_tensor(name) == value for name, value in hashes.items())
+        return set(hashes) == set(job.writes) and all(
+            self.writer.hash_tensor(name) == value for name, value in hashes.items()
+        )
 
     def done(self, job: Job) -> dict[str, Any]:
         return self._ledger.entry(job.target)
@@ -177,7 +179,9 @@ class ShardSink:
         announced = {name: data_bytes(dtype, shape) for name, (dtype, shape) in job.writes.items()}
         made = {name: tensor.numel() * tensor.element_size() for name, tensor in parts.items()}
         if made != announced:
-            raise QualityError("FB-E0412", f"{form.name} made {made}, planned were {announced} bytes", tensor=job.target)
+            raise QualityError(
+                "FB-E0412", f"{form.name} made {made}, planned were {announced} bytes", tensor=job.target
+            )
         return parts
 
     def copy_pieces(self, job: Job, pieces: Iterator[torch.Tensor]) -> None:
@@ -268,4 +272,6 @@ def audit(output: Output, place: Path) -> None:
         found = {name: (info.dtype, info.shape) for name, info in written.manifest.items()}
     for name in planned.keys() | found.keys():
         if planned.get(name) != found.get(name):
-            raise QualityError("FB-E0412", f"planned {planned.get(name)}, written {found.get(name)}", tensor=name, file=place)
+            raise QualityError(
+                "FB-E0412", f"planned {planned.get(name)}, written {found.get(name)}", tensor=name, file=place
+            )

@@ -53,6 +53,12 @@ def _groups(listed: list[dict[str, Any]]) -> list[dict[str, Any]]:
         weights[key] += item["weights"]
         nbytes[key] += item["bytes"]
     return [
-        {"role": role, "stored": stored, "tensors": tensors[role, stored], "weights": weights[role, stored], "bytes": nbytes[role, stored]}
+        {
+            "role": role,
+            "stored": stored,
+            "tensors": tensors[role, stored],
+            "weights": weights[role, stored],
+            "bytes": nbytes[role, stored],
+        }
         for role, stored in tensors
     ]

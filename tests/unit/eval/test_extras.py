@@ -36,7 +36,9 @@ def peer() -> torch.nn.Module:
 def test_greedy_is_what_transformers_generates(runner: Runner, peer: torch.nn.Module) -> None:
     prompts = windows(TEXT, SAMPLE, 24, 96, 8192).tokens
     made = Resident(runner).greedy(prompts, 12)
-    theirs = peer.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    theirs = peer.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=12, min_new_tokens=12, do_sample=False
+    )
     assert torch.equal(made, theirs[:, 24:])
 
 
@@ -55,7 +57,9 @@ def test_log_likelihoods_are_those_of_a_plain_forward(runner: Runner, peer: torc
     for (context, continuation), (value, _) in zip(pairs, found, strict=True):
         ids = tokens.inner(context + continuation)["input_ids"]
         alone = tokens.inner(context)["input_ids"]
-        before = next((i for i, token in enumerate(alone) if token != ids[i]), len(alone))  # "(" and "):" merge into one token
+        before = next(
+            (i for i, token in enumerate(alone) if token != ids[i]), len(alone)
+        )  # "(" and "):" merge into one token
         ids, before = (tokens.separator + ids, 1) if not context else (ids, before)
         with torch.no_grad():
             log_p = torch.log_softmax(peer(torch.tensor([ids])).logits[0].double(), -1)
@@ -81,7 +85,9 @@ def test_equal_embeddings_agree_and_noise_does_not(runner: Runner) -> None:
     base = embeddings(runner, chosen)
     same = compare_embeddings(base, base, chosen.clusters)
     assert (same.cosine[0], same.overlap[0], same.order[0], same.first[0]) == pytest.approx((1.0, 1.0, 1.0, 1.0))
-    noise = torch.nn.functional.normalize(torch.randn(base.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=-1)
+    noise = torch.nn.functional.normalize(
+        torch.randn(base.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=-1
+    )
     far = compare_embeddings(base, noise, chosen.clusters)
     assert abs(far.cosine[0]) < 0.2 and abs(far.order[0]) < 0.3 and far.overlap[0] < 0.7
     assert float(spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([9.0, 4.0, 1.0]))) == pytest.approx(-1.0)

@@ -23,7 +23,9 @@ TEXT = str(ROOT / "samples" / "text" / "wikitext2-test.txt")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("candidates") / "out"
-    api.quantize(SAMPLE, to=("compressed-tensors:int4-g128", "gguf:Q4_K_M"), out=out, verify=False, options={"search": "absmax"})
+    api.quantize(
+        SAMPLE, to=("compressed-tensors:int4-g128", "gguf:Q4_K_M"), out=out, verify=False, options={"search": "absmax"}
+    )
     return out
 
 
@@ -71,7 +73,9 @@ def test_cache_is_small_exact_enough_and_reused(q4_k_m: Path, tmp_path: Path) ->
     exact = study([q4_k_m], SAMPLE, Options(text=TEXT, tokens=2048))
     options = Options(text=TEXT, tokens=2048, cache=tmp_path)
     first, second = study([q4_k_m], SAMPLE, options), study([q4_k_m], SAMPLE, options)
-    assert (first.resources["forward_passes"], second.resources["forward_passes"]) == (2, 1) and second.resources["base_from_cache"]
+    assert (first.resources["forward_passes"], second.resources["forward_passes"]) == (2, 1) and second.resources[
+        "base_from_cache"
+    ]
     assert first.resources["cache_bytes"] <= 0.02 * first.resources["full_logits_bytes"]
     files = list(tmp_path.glob("*.safetensors"))
     assert len(files) == 1 and files[0].stat().st_size <= 0.02 * first.resources["full_logits_bytes"] + 2000
@@ -80,7 +84,9 @@ def test_cache_is_small_exact_enough_and_reused(q4_k_m: Path, tmp_path: Path) ->
     assert 0.005 < true < 0.03  # Q4_K's loss
     assert second.scores[0].record() == first.scores[0].record()
     assert exact.scores[0].kl_slack == 0.0
-    assert first.scores[0].measures["base_perplexity"][0] == pytest.approx(exact.scores[0].measures["base_perplexity"][0], rel=1e-6)
+    assert first.scores[0].measures["base_perplexity"][0] == pytest.approx(
+        exact.scores[0].measures["base_perplexity"][0], rel=1e-6
+    )
     study([q4_k_m], SAMPLE, Options(text=TEXT, tokens=1024, cache=tmp_path))
     assert len(list(tmp_path.glob("*.safetensors"))) == 2  # other tokens, another cache
     files[0].write_bytes(b"torn")
@@ -93,7 +99,9 @@ def test_memory_limits_change_nothing_but_memory(int4: Path, monkeypatch: pytest
     spilled: list[Path | None] = []
     real = ActStore.__init__
 
-    def watched(self: ActStore, shape: tuple[int, int, int], dtype: torch.dtype, batch: int, path: Path | None = None) -> None:
+    def watched(
+        self: ActStore, shape: tuple[int, int, int], dtype: torch.dtype, batch: int, path: Path | None = None
+    ) -> None:
         spilled.append(path)
         real(self, shape, dtype, batch, path)
 
@@ -116,12 +124,17 @@ def test_documents_are_clusters_and_drawn_evenly(tmp_path: Path) -> None:
     file.write_text("\n".join(json.dumps(row) for row in rows))
     chosen = windows(str(file), SAMPLE, 64, 64 * 12, 8192)
     assert chosen.clusters.tolist()[:8] == [0, 1, 2, 3, 4, 5, 6, 7] and chosen.tokens.shape == (12, 64)
-    assert not bool(chosen.scored[0].all()) and bool(chosen.scored[1].all())  # the short one is padded, its padding not scored
+    assert not bool(chosen.scored[0].all()) and bool(
+        chosen.scored[1].all()
+    )  # the short one is padded, its padding not scored
 
 
 def test_conversations_score_the_assistant(tmp_path: Path) -> None:
     file = tmp_path / "chat.jsonl"
-    talk = [{"role": "user", "content": "What is a fox, and where does it live?"}, {"role": "assistant", "content": "A fox is a small animal that lives in the woods."}]
+    talk = [
+        {"role": "user", "content": "What is a fox, and where does it live?"},
+        {"role": "assistant", "content": "A fox is a small animal that lives in the woods."},
+    ]
     file.write_text("\n".join(json.dumps({"messages": talk}) for _ in range(3)))
     chosen = windows(str(file), SAMPLE, 64, None, 8192)
     share = float(chosen.scored[0].sum()) / int((chosen.tokens[0] != chosen.tokens[0, -1]).sum())
@@ -133,7 +146,9 @@ def test_bundled_text_is_held_out() -> None:
     assert chosen.tokens.shape == (16, 512) and chosen.clusters.unique().numel() == 16
 
 
-@pytest.mark.parametrize(("options", "code"), [({"length": 512, "skip": 511}, "FB-E0804"), ({"text": "short.txt"}, "FB-E0801")])
+@pytest.mark.parametrize(
+    ("options", "code"), [({"length": 512, "skip": 511}, "FB-E0804"), ({"text": "short.txt"}, "FB-E0801")]
+)
 def test_refusals(tmp_path: Path, options: dict, code: str) -> None:
     (tmp_path / "short.txt").write_text("too short")
     if "text" in options:

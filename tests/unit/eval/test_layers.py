@@ -42,13 +42,18 @@ def chosen() -> Windows:
 
 def test_shares_add_up_and_name_the_culprits(chosen: Windows) -> None:
     with open_source(SAMPLE) as base:
-        names = [f"model.layers.{i}.{part}.weight" for i, part in ((0, "self_attn.v_proj"), (3, "mlp.up_proj"), (6, "mlp.down_proj"))]
+        names = [
+            f"model.layers.{i}.{part}.weight"
+            for i, part in ((0, "self_attn.v_proj"), (3, "mlp.up_proj"), (6, "mlp.down_proj"))
+        ]
         tensors = coarse(base, names, "int4-g128") | coarse(base, ["model.embed_tokens.weight"], "int6-channel")
         found = layer_report(Runner(base), Runner(Changed(base, tensors)), chosen)
         shares = {item.name: item.share for item in found.tensors if item.share}
         assert set(shares) == set(tensors)
         assert found.explained == pytest.approx(found.kl, rel=0.01)
-        alone = {name: layer_report(Runner(base), Runner(Changed(base, {name: w})), chosen).kl for name, w in tensors.items()}
+        alone = {
+            name: layer_report(Runner(base), Runner(Changed(base, {name: w})), chosen).kl for name, w in tensors.items()
+        }
         for name, kl in alone.items():
             assert shares[name] == pytest.approx(kl, rel=0.25, abs=0.02 * found.kl)
         assert max(shares, key=lambda name: shares[name]) == max(alone, key=lambda name: alone[name])

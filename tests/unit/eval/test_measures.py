@@ -24,10 +24,14 @@ def test_compare_is_the_definition() -> None:
     p, q = torch.softmax(p_logits.double(), -1), torch.softmax(q_logits.double(), -1)
     rows = torch.arange(40)
     assert torch.allclose(found["kl"], (p * (p / q).log()).sum(-1), rtol=1e-10, atol=1e-14)
-    assert torch.allclose(found["nll"], -q[rows, target].log()) and torch.allclose(found["base_nll"], -p[rows, target].log())
+    assert torch.allclose(found["nll"], -q[rows, target].log()) and torch.allclose(
+        found["base_nll"], -p[rows, target].log()
+    )
     assert torch.allclose(found["delta_p"], q[rows, target] - p[rows, target])
     assert torch.equal(found["top1"], (p.argmax(-1) == q.argmax(-1)).double())
-    shared = [len(set(a.tolist()) & set(b.tolist())) / 5 for a, b in zip(p.topk(5).indices, q.topk(5).indices, strict=True)]
+    shared = [
+        len(set(a.tolist()) & set(b.tolist())) / 5 for a, b in zip(p.topk(5).indices, q.topk(5).indices, strict=True)
+    ]
     assert torch.allclose(found["top5"], torch.tensor(shared, dtype=torch.float64))
     assert torch.allclose(found["best_p"], q.amax(-1)) and torch.allclose(found["base_best_p"], p.amax(-1))
 
@@ -47,7 +51,9 @@ def test_t_quantiles(degrees: int) -> None:
 def heavy(rng: np.random.Generator, groups: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions as KL looks: positive, heavy-tailed, alike within a document."""
     level = rng.gamma(4.0, 0.25, (groups, 1))
-    return torch.from_numpy((level * rng.lognormal(-4.0, 1.3, (groups, size))).ravel()), torch.arange(groups).repeat_interleave(size)
+    return torch.from_numpy((level * rng.lognormal(-4.0, 1.3, (groups, size))).ravel()), torch.arange(
+        groups
+    ).repeat_interleave(size)
 
 
 def test_intervals_cover_the_mean_and_naive_ones_do_not() -> None:
@@ -86,7 +92,10 @@ def test_summary_pairs_errors() -> None:
     ratio, error = made.measures["perplexity_ratio"]
     assert ratio == pytest.approx(math.exp(float((nll - base).mean()))) and error < 0.1 * made.measures["perplexity"][1]
     difference, paired = made.measures["perplexity_difference"]
-    assert difference == pytest.approx(made.measures["perplexity"][0] - made.measures["base_perplexity"][0]) and paired < made.measures["perplexity"][1]
+    assert (
+        difference == pytest.approx(made.measures["perplexity"][0] - made.measures["base_perplexity"][0])
+        and paired < made.measures["perplexity"][1]
+    )
 
 
 def test_hidden_states_survive_sixteen_bits() -> None:

@@ -26,7 +26,9 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
     from fewbit import api
 
     folder = tmp_path_factory.mktemp("evil") / "<script>alert(1)</script>"
-    out = api.quantize(SAMPLE, to="compressed-tensors:int4-g128", out=folder, verify=False, options={"search": "absmax"}).outputs[0]
+    out = api.quantize(
+        SAMPLE, to="compressed-tensors:int4-g128", out=folder, verify=False, options={"search": "absmax"}
+    ).outputs[0]
     return study([out, SAMPLE], SAMPLE, Options(text=TEXT, tokens=256, length=128, noise=True, look=1)).record()
 
 
@@ -53,9 +55,26 @@ def test_the_page_is_whole_and_asks_for_nothing(record: dict) -> None:
     tags = Tags()
     tags.feed(page)
     assert tags.open == [] and not {"script", "iframe", "object"} & {tag for tag, _ in tags.seen}
-    links = [value for _, attrs in tags.seen for name, value in attrs.items() if name in ("src", "href", "srcset", "xlink:href")]
+    links = [
+        value
+        for _, attrs in tags.seen
+        for name, value in attrs.items()
+        if name in ("src", "href", "srcset", "xlink:href")
+    ]
     assert links == ["data:,"] and not re.search(r"url\(|@import|https?://", page)
-    order = [page.index(word) for word in ("to know first", "Size against loss", "Fidelity", "Tails", "Size and memory", "Sensitivity", "Most damaged", "What was done")]
+    order = [
+        page.index(word)
+        for word in (
+            "to know first",
+            "Size against loss",
+            "Fidelity",
+            "Tails",
+            "Size and memory",
+            "Sensitivity",
+            "Most damaged",
+            "What was done",
+        )
+    ]
     assert order == sorted(order)
     assert "<script>" not in page and "&lt;script&gt;" in page  # a hostile name is words
     assert "prefers-color-scheme: dark" in page and page.count("<svg") >= 6
@@ -67,7 +86,11 @@ def test_files_read_back_and_merge(record: dict, tmp_path: Path) -> None:
     assert again["scores"] == json.loads(json.dumps(record["scores"]))
     other = {**again, "scores": [{**again["scores"][0], "name": "other"}], "text": {**again["text"], "digest": "x"}}
     both = merged([again, other])
-    assert [item["name"] for item in both["scores"]] == [again["scores"][0]["name"], again["scores"][1]["name"], "other"]
+    assert [item["name"] for item in both["scores"]] == [
+        again["scores"][0]["name"],
+        again["scores"][1]["name"],
+        "other",
+    ]
     assert "different tokens" in both["warnings"][0]
     assert "other" in study_page(both) and "other" in report_html(both)
     with pytest.raises(InputError, match="FB-E0808"):
@@ -80,14 +103,24 @@ def test_files_read_back_and_merge(record: dict, tmp_path: Path) -> None:
 def test_the_card_is_what_the_hub_wants(record: dict) -> None:
     card = model_card(record, record["scores"][0])
     head = __import__("yaml").safe_load(card.split("---")[1])
-    assert head["base_model_relation"] == "quantized" and head["base_model"] == str(SAMPLE) and head["license"] == "apache-2.0"
+    assert (
+        head["base_model_relation"] == "quantized"
+        and head["base_model"] == str(SAMPLE)
+        and head["license"] == "apache-2.0"
+    )
     assert {"quantized", "fewbit", "compressed-tensors"} <= set(head["tags"])
     assert "fewbit quantize" in card and "KL divergence" in card and "±" in card and "model.safetensors" in card
 
 
 @pytest.mark.parametrize(
     ("value", "error", "words"),
-    [(0.034118, 0.00078, "0.0341 ± 0.0008"), (56.63, 2.6, "56.6 ± 2.6"), (0.00013526, 0.0000037, "1.35e-4 ± 0.04e-4"), (1.0, 0.0, "1"), (None, None, "overflow")],
+    [
+        (0.034118, 0.00078, "0.0341 ± 0.0008"),
+        (56.63, 2.6, "56.6 ± 2.6"),
+        (0.00013526, 0.0000037, "1.35e-4 ± 0.04e-4"),
+        (1.0, 0.0, "1"),
+        (None, None, "overflow"),
+    ],
 )
 def test_values_with_errors(value: float | None, error: float | None, words: str) -> None:
     assert with_error(value, error) == words

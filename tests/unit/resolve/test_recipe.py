@@ -5,12 +5,28 @@ from __future__ import annotations
 import pytest
 
 from fewbit.base.errors import InputError
-from fewbit.plan.recipe import Recipe, parse_option, parse_rule, parse_size, parse_target, recipe_from_yaml, recipe_to_yaml
+from fewbit.plan.recipe import (
+    Recipe,
+    parse_option,
+    parse_rule,
+    parse_size,
+    parse_target,
+    recipe_from_yaml,
+    recipe_to_yaml,
+)
 
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("8GB", 8 * 10**9), ("512MiB", 512 << 20), ("2.5G", 2_500_000_000), ("4096", 4096), ("1 kb", 1000), ("1TiB", 1 << 40), ("3b", 3)],
+    [
+        ("8GB", 8 * 10**9),
+        ("512MiB", 512 << 20),
+        ("2.5G", 2_500_000_000),
+        ("4096", 4096),
+        ("1 kb", 1000),
+        ("1TiB", 1 << 40),
+        ("3b", 3),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
@@ -46,7 +62,10 @@ def test_yaml_round_trip() -> None:
     assert recipe_from_yaml(recipe_to_yaml(recipe)) == recipe
 
 
-@pytest.mark.parametrize("text", ["to: [a]\nbits: 4\n", "- a\n", "to: {", "seed: -1\n", "on_misfit: maybe\n", "rules: [{pattern: a, colour: b}]\n"])
+@pytest.mark.parametrize(
+    "text",
+    ["to: [a]\nbits: 4\n", "- a\n", "to: {", "seed: -1\n", "on_misfit: maybe\n", "rules: [{pattern: a, colour: b}]\n"],
+)
 def test_bad_recipes_name_what_is_wrong(text: str) -> None:
     with pytest.raises(InputError, match="FB-E0401"):
         recipe_from_yaml(text)

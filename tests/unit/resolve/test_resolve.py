@@ -8,17 +8,22 @@ import pytest
 
 from fewbit.base.errors import Refusals, ResourceError
 from fewbit.base.manifest import Manifest, TensorInfo, data_bytes
+from fewbit.num.scheme import parse_scheme
 from fewbit.plan.jobs import job_from_record
 from fewbit.plan.recipe import Recipe, parse_rule
 from fewbit.plan.resolve import resolve
 from fewbit.plan.resources import BASE_BYTES, budget, job_bytes, row_separable, tile_rows
-from fewbit.num.scheme import parse_scheme
 
 CONFIG = {"model_type": "llama", "hidden_size": 256, "torch_dtype": "bfloat16"}
 
 
 def manifest(shapes: dict[str, tuple[int, ...]], dtype: str = "BF16") -> Manifest:
-    return Manifest({name: TensorInfo(name, dtype, shape, data_bytes(dtype, shape), "model.safetensors") for name, shape in shapes.items()})
+    return Manifest(
+        {
+            name: TensorInfo(name, dtype, shape, data_bytes(dtype, shape), "model.safetensors")
+            for name, shape in shapes.items()
+        }
+    )
 
 
 LLAMA = {
@@ -43,21 +48,36 @@ def test_defaults_keep_what_hurts_and_say_so() -> None:
 
 
 def test_rules_win_and_the_last_match_counts() -> None:
-    rules = (parse_rule("*.mlp.*=keep"), parse_rule("*down_proj*=int8-channel"), parse_rule("lm_head.weight=int8-channel"))
+    rules = (
+        parse_rule("*.mlp.*=keep"),
+        parse_rule("*down_proj*=int8-channel"),
+        parse_rule("lm_head.weight=int8-channel"),
+    )
     jobs = by_name(Recipe(to=("dense:int4-g128",), rules=rules))
     assert str(jobs["model.layers.0.mlp.down_proj.weight"].scheme) == "int8-channel"
     assert str(jobs["lm_head.weight"].scheme) == "int8-channel"
 
 
 def test_all_refusals_come_at_once() -> None:
-    shapes = {**LLAMA, "model.layers.1.mlp.down_proj.weight": (256, 96), "model.layers.1.mlp.up_proj.weight": (256, 100)}
-    recipe = Recipe(to=("compressed-tensors:int4-g128", "nonsense"), method="magic", rules=(parse_rule("nothing.*=keep"),), include=("router",))
+    shapes = {
+        **LLAMA,
+        "model.layers.1.mlp.down_proj.weight": (256, 96),
+        "model.layers.1.mlp.up_proj.weight": (256, 100),
+    }
+    recipe = Recipe(
+        to=("compressed-tensors:int4-g128", "nonsense"),
+        method="magic",
+        rules=(parse_rule("nothing.*=keep"),),
+        include=("router",),
+    )
     with pytest.raises(Refusals) as caught:
         resolve(manifest(shapes), CONFIG, recipe)
     codes = [error.code for error in caught.value.errors]
     assert {"FB-E0602", "FB-E0604", "FB-E0406", "FB-E0407", "FB-E0408"} <= set(codes)
     assert codes.count("FB-E0602") == 2
-    assert {error.tensor for error in caught.value.errors if error.code == "FB-E0602"} == {n for n in shapes if "layers.1" in n}
+    assert {error.tensor for error in caught.value.errors if error.code == "FB-E0602"} == {
+        n for n in shapes if "layers.1" in n
+    }
 
 
 def test_misfits_can_be_kept() -> None:
@@ -73,7 +93,11 @@ def test_conv1d_is_solved_the_right_way_round() -> None:
 
 
 def test_unknown_families_are_quantised_with_a_warning() -> None:
-    plan = resolve(manifest({"model.layers.0.mixer.in_proj.weight": (256, 256)}), {"model_type": "new"}, Recipe(to=("dense:int4-g128",)))
+    plan = resolve(
+        manifest({"model.layers.0.mixer.in_proj.weight": (256, 256)}),
+        {"model_type": "new"},
+        Recipe(to=("dense:int4-g128",)),
+    )
     assert plan.outputs[0].coverage == 1.0 and any("new" in text for text in plan.warnings)
 
 
@@ -85,7 +109,15 @@ def test_a_plan_is_plain_data() -> None:
 
 @pytest.mark.parametrize(
     ("spelling", "separable"),
-    [("int4-g128-asym", True), ("q4_k", True), ("fp8-e4m3-block128", True), ("int8-tensor", False), ("nvfp4", False), ("nf4-g64-dq", False), ("bf16", True)],
+    [
+        ("int4-g128-asym", True),
+        ("q4_k", True),
+        ("fp8-e4m3-block128", True),
+        ("int8-tensor", False),
+        ("nvfp4", False),
+        ("nf4-g64-dq", False),
+        ("bf16", True),
+    ],
 )
 def test_which_schemes_can_be_cut_into_rows(spelling: str, separable: bool) -> None:
     assert row_separable(parse_scheme(spelling)) is separable
@@ -99,7 +131,11 @@ def test_tiles_hold_whole_blocks() -> None:
 
 
 def test_a_budget_is_kept_or_refused_by_name() -> None:
-    jobs = list(by_name(Recipe(to=("compressed-tensors:int4-g128",)), {"model.layers.0.mlp.up_proj.weight": (16384, 16384)}).values())
+    jobs = list(
+        by_name(
+            Recipe(to=("compressed-tensors:int4-g128",)), {"model.layers.0.mlp.up_proj.weight": (16384, 16384)}
+        ).values()
+    )
     one = job_bytes(jobs[0])
     found = budget(jobs * 8, BASE_BYTES + 3 * one, workers=8)
     assert found.workers == 3 and found.peak <= BASE_BYTES + 3 * one

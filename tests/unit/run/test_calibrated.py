@@ -17,7 +17,15 @@ from fewbit.run.hf import BlockModel
 from fewbit.run.source import open_source
 
 SAMPLE = Path(__file__).parents[3] / "samples" / "sample"
-SMALL = {"vocab_size": 8192, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+SMALL = {
+    "vocab_size": 8192,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
 MODELS = {
     "llama": SMALL,
     "qwen3": {**SMALL, "head_dim": 32},
@@ -29,7 +37,14 @@ MODELS = {
     "qwen3_moe": {**SMALL, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     "gpt_oss": {**SMALL, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
     "gpt2": {"vocab_size": 8192, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
-    "bert": {"vocab_size": 8192, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128},
+    "bert": {
+        "vocab_size": 8192,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    },
 }
 
 
@@ -73,7 +88,9 @@ def test_every_matrix_is_solved_with_statistics(model_type: str, tmp_path: Path)
         options={"steps": 3}, out=tmp_path / "out", verify=False,
     )  # fmt: skip
     output = result.plan.outputs[0]
-    assert {job.role for job in output.quantised} >= ({"qkv"} if model_type in ("gpt2", "phi3") else {"down"} if model_type != "bert" else {"fc1"})
+    assert {job.role for job in output.quantised} >= (
+        {"qkv"} if model_type in ("gpt2", "phi3") else {"down"} if model_type != "bert" else {"fc1"}
+    )
     unseen = [name for name, notes in result.notes.items() if any("no matrix product" in note for note in notes)]
     assert unseen in ([], ["bert.pooler.dense.weight"], ["cls.predictions.transform.dense.weight"]), unseen
     assert set(result.losses[output.target]) == {job.target for job in output.quantised}
@@ -85,13 +102,21 @@ def test_fisher_grams_equal_plain_autograd(tmp_path: Path) -> None:
     with open_source(tmp_path) as source:
         blocks = BlockModel(source.config, source.manifest)
         trunk = blocks.load_trunk(source.read)
-        names = {"self_attn.o_proj.weight": "model.layers.0.self_attn.o_proj.weight", "mlp.gate_proj.weight": "model.layers.0.mlp.gate_proj.weight"}
+        names = {
+            "self_attn.o_proj.weight": "model.layers.0.self_attn.o_proj.weight",
+            "mlp.gate_proj.weight": "model.layers.0.mlp.gate_proj.weight",
+        }
         fisher_pass(blocks, source.read, trunk, tokens, [names, {}], tmp_path / "s", batch=2, seed=3, spill=True)
         found = load_grams(tmp_path / "s", 0)
     outputs: dict[str, torch.Tensor] = {}
     layer = model.model.layers[0]
-    for name, module in (("self_attn.o_proj.weight", layer.self_attn.o_proj), ("mlp.gate_proj.weight", layer.mlp.gate_proj)):
-        module.register_forward_hook(lambda _m, _i, out, name=name: (out.retain_grad(), outputs.__setitem__(name, out))[1])
+    for name, module in (
+        ("self_attn.o_proj.weight", layer.self_attn.o_proj),
+        ("mlp.gate_proj.weight", layer.mlp.gate_proj),
+    ):
+        module.register_forward_hook(
+            lambda _m, _i, out, name=name: (out.retain_grad(), outputs.__setitem__(name, out))[1]
+        )
     generator = torch.Generator().manual_seed(3)
     wanted = dict.fromkeys(names, 0.0)
     for batch in tokens.split(2):
@@ -105,11 +130,21 @@ def test_fisher_grams_equal_plain_autograd(tmp_path: Path) -> None:
         assert torch.allclose(found[stored], wanted[local], rtol=1e-3, atol=1e-5)
 
 
-RUN = {"to": ["dense:int4-g32-asym", "compressed-tensors:int4-g64"], "method": "gptq", "calib_samples": 6, "calib_length": 48, "options": {"sweeps": 1, "steps": 4}}
+RUN = {
+    "to": ["dense:int4-g32-asym", "compressed-tensors:int4-g64"],
+    "method": "gptq",
+    "calib_samples": 6,
+    "calib_length": 48,
+    "options": {"sweeps": 1, "steps": 4},
+}
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def test_a_stopped_calibrated_run_ends_with_the_same_bytes(tmp_path: Path) -> None:

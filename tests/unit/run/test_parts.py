@@ -78,7 +78,9 @@ def test_the_gate_keeps_bytes_in_flight_below_the_limit_and_never_starves() -> N
     assert not any(thread.is_alive() for thread in threads) and most <= 100
 
 
-@pytest.mark.parametrize("spelling", ["int4-g32-asym", "q4_k", "fp8-e4m3-block128", "nf4-g64", "uint4-g32-min", "mxfp4", "q6_k"])
+@pytest.mark.parametrize(
+    "spelling", ["int4-g32-asym", "q4_k", "fp8-e4m3-block128", "nf4-g64", "uint4-g32-min", "mxfp4", "q6_k"]
+)
 def test_tiles_of_rows_join_to_the_whole(spelling: str) -> None:
     scheme = parse_scheme(spelling)
     w = torch.randn(300, 512, generator=torch.Generator().manual_seed(1))

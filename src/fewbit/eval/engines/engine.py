@@ -48,11 +48,19 @@ class Engine:
         """
         with tempfile.TemporaryDirectory(prefix="fewbit-engine-") as folder:
             job = Path(folder) / "job.json"
-            facts = {"model": str(self._file(model)), "tokens": tokens.tolist(), "threads": torch.get_num_threads(), "device": self.device, **dict(self.options)}
+            facts = {
+                "model": str(self._file(model)),
+                "tokens": tokens.tolist(),
+                "threads": torch.get_num_threads(),
+                "device": self.device,
+                **dict(self.options),
+            }
             job.write_text(json.dumps(facts), encoding="utf-8")
             script = Path(__file__).with_name(ENGINES[self.name][0])
             with open(Path(folder) / "stderr", "w+b") as errors:
-                process = subprocess.Popen([str(self.python), str(script), str(job)], stdout=subprocess.PIPE, stderr=errors, env=_environment())
+                process = subprocess.Popen(
+                    [str(self.python), str(script), str(job)], stdout=subprocess.PIPE, stderr=errors, env=_environment()
+                )
                 try:
                     assert process.stdout is not None
                     yield _Frames(process.stdout, tokens.shape[1], self.name, model, Path(errors.name)).take
@@ -101,8 +109,14 @@ class _Frames:
         self._vocab = int(answer["vocab"])
 
     def _error(self, what: str) -> InputError:
-        last = [line for line in self._errors.read_text(errors="replace").splitlines() if line.strip()][-1:] if self._errors.exists() else []
-        return InputError("FB-E0810", f"{self._engine}: {what}{'; it said: ' + last[0][:300] if last else ''}", file=self._model)
+        last = (
+            [line for line in self._errors.read_text(errors="replace").splitlines() if line.strip()][-1:]
+            if self._errors.exists()
+            else []
+        )
+        return InputError(
+            "FB-E0810", f"{self._engine}: {what}{'; it said: ' + last[0][:300] if last else ''}", file=self._model
+        )
 
 
 def find_engine(name: str, python: str | None = None, device: str = "cpu") -> Engine:
@@ -117,9 +131,18 @@ def find_engine(name: str, python: str | None = None, device: str = "cpu") -> En
     interpreter = Path(python).expanduser() if python else Path(sys.executable)
     check = "import importlib.util, sys; sys.exit(0 if importlib.util.find_spec(sys.argv[1]) else 1)"
     try:
-        found = subprocess.run([str(interpreter), "-c", check, module], env=_environment(), capture_output=True, check=False).returncode == 0
+        found = (
+            subprocess.run(
+                [str(interpreter), "-c", check, module], env=_environment(), capture_output=True, check=False
+            ).returncode
+            == 0
+        )
     except OSError as error:
         raise InputError("FB-E0809", f"the interpreter cannot be started: {error}", file=interpreter) from None
     if not found:
-        raise InputError("FB-E0809", f"{interpreter} cannot import {module}", remedy=f"pip install {package} there, or name its interpreter with --engine-python")
+        raise InputError(
+            "FB-E0809",
+            f"{interpreter} cannot import {module}",
+            remedy=f"pip install {package} there, or name its interpreter with --engine-python",
+        )
     return Engine(name, interpreter, device)

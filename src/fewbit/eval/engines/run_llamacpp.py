@@ -54,7 +54,9 @@ def library() -> Any:
     api.llama_backend_init()
     defaults = api.llama_context_default_params()
     if (defaults.n_ctx, defaults.n_batch, defaults.n_seq_max) != (512, 2048, 1):
-        raise RuntimeError("llama_cpp's declarations and the library disagree about llama_context_params: install matching versions")
+        raise RuntimeError(
+            "llama_cpp's declarations and the library disagree about llama_context_params: install matching versions"
+        )
     return api
 
 

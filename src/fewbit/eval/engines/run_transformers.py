@@ -14,7 +14,9 @@ wire = importlib.import_module("wire")
 def run(job: dict[str, Any]) -> tuple[int, str, Any]:
     torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
     torch.set_num_threads(job["threads"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job.get("dtype", "float32")), local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=getattr(torch, job.get("dtype", "float32")), local_files_only=True
+    )
     model = model.to(job.get("device", "cpu")).eval()
 
     def frames() -> Any:

@@ -31,7 +31,9 @@ def run(job: dict[str, Any]) -> tuple[int, str, Any]:
         for ids in job["tokens"]:
             (output,) = engine.generate([{"prompt_token_ids": ids}], wish, use_tqdm=False)
             table = np.full((len(ids), vocab), -1e4, np.float32)
-            for position, row in enumerate(output.prompt_logprobs[1:]):  # row i + 1 is the prediction made at position i
+            for position, row in enumerate(
+                output.prompt_logprobs[1:]
+            ):  # row i + 1 is the prediction made at position i
                 table[position, list(row)] = [entry.logprob for entry in row.values()]
             yield table  # the last position predicts nothing that is scored
 

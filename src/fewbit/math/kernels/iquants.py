@@ -34,6 +34,17 @@ class Layout(NamedTuple):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def _emphasise(target, weight, emphasis, out):
+    """Importance that grows with the size of a weight, h (1 + emphasis |x| / mean |x|), for the choice of scales."""
+    total = F(0)
+    for j in range(target.size):
+        total += abs(target[j])
+    by = emphasis * F(target.size) * inverse(total)
+    for j in range(target.size):
+        out[j] = weight[j] * (F(1) + by * abs(target[j]))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def _loose(target, weight, codebook, layout, scale, loose, variant, block_error):
     """Errors of blocks with every magnitude on its own nearest level, each shift unit taking the better variant."""
     shifts, per_shift, per_block = codebook.shifts, layout.per_shift, layout.per_block
@@ -146,18 +157,20 @@ def _write(sup, layout, d, k, signs, index, variant, codes, k_out, shift_out, d_
 
 
 @njit(nogil=True, cache=True, parallel=True, error_model="numpy")
-def quantize_vectors(x, h, codebook, layout, ladder, trials, refine, codes, k_out, shift_out, d_out):
+def quantize_vectors(x, h, codebook, layout, ladder, trials, refine, emphasis, codes, k_out, shift_out, d_out):
     """Quantise super-blocks of 256 weights coded eight at a time.
 
     Args:
         x: float32 [n * 256]; h: float32 [period], importance repeating along x (period a multiple of 256).
         codebook, layout: the grid; ladder: scales tried, as fractions of a block's largest weight.
         trials: odd numbers that a block tries with real vectors, 1 to 3; refine: whether d is then made the least-squares one.
+        emphasis: how much more large weights count when scales are chosen; codes are the nearest under h alone.
         codes: out, int32 [n * 32]; k_out: out, uint8 [n * 32 / per_block]; shift_out: out, uint8 [n * 32 / per_shift];
         d_out: out, float32 [n], representable in float16.
     """
     supers, blocks, top, parts = x.size // 256, 32 // layout.per_block, layout.top, layout.parts
     for chunk in prange((supers + 7) // 8):
+        heavy = np.empty(256, np.float32)
         target, weight, signs = np.empty(256, np.float32), np.empty(256, np.float32), np.zeros(32, np.int64)
         scale, group = np.empty(32, np.float32), np.empty(32, np.float32)
         error, shift, variant = np.empty(32, np.float32), np.zeros(32, np.float32), np.zeros(32, np.int64)
@@ -178,7 +191,8 @@ def quantize_vectors(x, h, codebook, layout, ladder, trials, refine, codes, k_ou
         for sup in range(chunk * 8, min(supers, chunk * 8 + 8)):
             for tile in range(2):
                 load_codes(x, h, sup * 256 + tile * 128, 16, layout.sign_bits, tile, target, weight, signs)
-            _start(target, weight, codebook, layout, ladder, scale, loose, variant, block_error, ideal)
+            _emphasise(target, weight, emphasis, heavy)
+            _start(target, heavy, codebook, layout, ladder, scale, loose, variant, block_error, ideal)
             d = round_f16(ideal.max() / F(2 * top + 1))
             by = inverse(d)
             for block in range(blocks):
@@ -192,16 +206,16 @@ def quantize_vectors(x, h, codebook, layout, ladder, trials, refine, codes, k_ou
                     away = side[block] if step == 1 else (-side[block] if step == 2 else 0)
                     trial[block] = min(max(centre[block] + away, 0), top)
                 _evaluate(
-                    target, weight, codebook, layout, d, trial, False, scale, shift, forms, group, loose, error, index, variant, block_error
+                    target, heavy, codebook, layout, d, trial, False, scale, shift, forms, group, loose, error, index, variant, block_error
                 )  # fmt: skip
                 for block in range(blocks):
                     if block_error[block] < best[block]:
                         best[block], k[block] = block_error[block], trial[block]
             if refine:
                 _evaluate(
-                    target, weight, codebook, layout, d, k, True, scale, shift, forms, group, loose, error, index, variant, block_error
+                    target, heavy, codebook, layout, d, k, True, scale, shift, forms, group, loose, error, index, variant, block_error
                 )  # fmt: skip
-                d = _super_scale(target, weight, codebook, layout, k, index, shift, d)
+                d = _super_scale(target, heavy, codebook, layout, k, index, shift, d)
             _evaluate(
                 target, weight, codebook, layout, d, k, True, scale, shift, forms, group, loose, error, index, variant, block_error
             )  # fmt: skip

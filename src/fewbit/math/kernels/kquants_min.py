@@ -46,6 +46,18 @@ def _error(scale, shift, sq, sqq, sxq, h, hx):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def _emphasise(xt, ht, size, emphasis, out):
+    """Importance that grows with the size of a weight, h (1 + emphasis |x| / mean |x|), for the choice of scales."""
+    zero, total = splat(F(0)), splat(F(0))
+    for j in range(0, size * LANES, LANES):
+        total = total + higher(load(xt, j), zero - load(xt, j))
+    by = splat(emphasis * F(size)) * inverses(total)
+    for j in range(0, size * LANES, LANES):
+        x = load(xt, j)
+        store(out, j, load(ht, j) * (splat(F(1)) + by * higher(x, zero - x)))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def _ideal(xt, ht, top, size, candidates, polish, down, s):
     """Step 1: best scale and shift of every lane on its own; with `down` the shift may not be positive."""
     zero, tiny = splat(F(0)), splat(F(1e-37))
@@ -172,7 +184,7 @@ def _snap(x, first, blocks, size, top, s, codes):
 
 @njit(nogil=True, cache=True, parallel=True, error_model="numpy")
 def quantize_minimum(
-    x, h, size, per_super, top, candidates, polish, code_top, reach, rounds, codes, k_out, m_out, d_out, dmin_out
+    x, h, size, per_super, top, candidates, polish, code_top, reach, rounds, emphasis, codes, k_out, m_out, d_out, dmin_out
 ):
     """Quantise blocks of `size` weights, a multiple of 16.
 
@@ -182,6 +194,7 @@ def quantize_minimum(
         top: the highest code; code_top: the highest code of a scale or shift.
         candidates: float32 [c, 2]: levels in the range of a block, and where its lower end lies (in ranges above the minimum).
         polish: least-squares passes after them; reach: float32 [r, 2] steps around a block's (scale, shift) codes; rounds: how often.
+        emphasis: how much more large weights count.
         codes: out, uint8 [n * size]; k_out, m_out: out, uint8 [n] (nested); d_out, dmin_out: out, float32 [n / per_super], in float16's set.
     """
     count = x.size // size
@@ -192,16 +205,17 @@ def quantize_minimum(
             np.empty(size * LANES, np.float32),
             np.zeros(13 * LANES, np.float32),
         )
-        column = -1
+        heavy, column = np.empty(size * LANES, np.float32), -1
         for tile in range(chunk * CHUNK, min(tiles, chunk * CHUNK + CHUNK)):
             first, place = tile_place(tile, size, count, h.size)
             load_tile(x, x.size, first, count, size, xt)
             if place != column:
                 load_tile(h, h.size, first, count, size, ht)
                 column = place
-            _ideal(xt, ht, top, size, candidates, polish, per_super > 1, s)
+            _emphasise(xt, ht, size, emphasis, heavy)
+            _ideal(xt, heavy, top, size, candidates, polish, per_super > 1, s)
             if per_super > 1:
-                _nest(xt, ht, top, size, LANES // per_super, code_top, reach, rounds, s)
+                _nest(xt, heavy, top, size, LANES // per_super, code_top, reach, rounds, s)
             blocks = min(LANES, count - first)
             for lane in range(blocks):
                 block = first + lane
