@@ -36,18 +36,18 @@ class Effort:
         ladder: scales tried for a block, as the level that its largest weight is put on, in units of the largest level.
         trials: odd numbers that a block tries with real vectors, 1 to 3.
         refine: whether the super-scale is then made the least-squares one.
-        emphasis: how much more large weights count for scales. Scales of least squares alone shrink the weights as a whole (coarse codes
-            explain part of them), which the model's answers feel more than the squared error does.
+        emphasis: how much more large weights count for scales (codes are the nearest by importance alone). The only ground is a
+            measurement: with 1, KL on the sample fell from 1.11 to 1.04 of llama.cpp's for IQ2_XXS, on 2,048 tokens.
     """
 
     ladder: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
     trials: int = 2
     refine: bool = True
-    emphasis: float = 1.0
+    emphasis: float = 0.0
 
 
 EFFORTS: dict[str, Effort] = {
-    "iq2xxs": Effort(trials=3),
+    "iq2xxs": Effort(trials=3, emphasis=1.0),
     "iq2xs": Effort(trials=3),
     "iq2s": Effort((0.45, 0.58, 0.71, 0.84, 0.97, 1.1), trials=2, refine=False),
     "iq3xxs": Effort(trials=3),
@@ -96,7 +96,15 @@ def _run(scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None) -> tu
     for part, x, h in row_pieces(scheme, w, importance):
         out = [array[part].view(-1).numpy() for array in (codes, scale_codes, shifts, tops)]
         quantize_vectors(
-            x.view(-1).numpy(), h.view(-1).numpy(), codebook, layout, ladder, effort.trials, effort.refine, _F(effort.emphasis), *out
+            x.view(-1).numpy(),
+            h.view(-1).numpy(),
+            codebook,
+            layout,
+            ladder,
+            effort.trials,
+            effort.refine,
+            _F(effort.emphasis),
+            *out,
         )
     counts = scheme.block_counts(tuple(w.shape))
     if scheme.code_shift is None and codebook.shifts.size > 1:

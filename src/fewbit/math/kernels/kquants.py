@@ -41,7 +41,7 @@ class Effort:
         polish: least-squares passes on the best of these.
         reach: symmetric: scale codes looked at on either side; with a shift: steps around the pair of codes.
         rounds: how often scale codes and super-scales are adjusted to each other.
-        emphasis: blocks with a shift: how much more large weights count (see `math/lattice.py`).
+        emphasis: blocks with a shift: how much more large weights count (measured: KL of Q2_K on the sample 0.92 of llama.cpp's, without 1.02).
     """
 
     ends: tuple[float, ...]
@@ -62,7 +62,7 @@ EFFORTS: dict[str, Effort] = {
     "q5_1": Effort((31, 30, 32), (0.0, 0.015), polish=2),
     "q2_k": Effort((2.2, 2.5, 3, 3.5, 3.8, 4.1), (0.0, 0.1), polish=2, reach=_STAR, rounds=2, emphasis=1.0),
     "q3_k": Effort((-4.8, -4.4, -4.0, -3.7, -3.4, -3.1, -2.8), polish=2, reach=1, rounds=1),
-    "q4_k": Effort((12, 13, 14, 15, 16, 17, 18), (0.0, 0.04), polish=3, reach=_STAR, emphasis=0.5),
+    "q4_k": Effort((12, 13, 14, 15, 16, 17, 18), (0.0, 0.04), polish=3, reach=_STAR),
     "q5_k": Effort((29, 30, 31, 32, 33, 34), (0.0, 0.02), polish=2, reach=_STAR),
     "q6_k": Effort((-32.2, -31.3, -30.5, -29.7), polish=1, reach=1, rounds=1),
     "iq4_nl": replace(_IQ4, polish=2),
@@ -142,7 +142,18 @@ def _kernel(
         reach = np.array(effort.reach if isinstance(effort.reach, tuple) else (), _F).reshape(-1, 2)
         top = _F(scheme.scale.grid.high) if per_super > 1 else _F(0)
         quantize_minimum(
-            x, h, size, per_super, _F(scheme.grid.high), candidates, effort.polish, top, reach, effort.rounds, _F(effort.emphasis), *out
+            x,
+            h,
+            size,
+            per_super,
+            _F(scheme.grid.high),
+            candidates,
+            effort.polish,
+            top,
+            reach,
+            effort.rounds,
+            _F(effort.emphasis),
+            *out,
         )
         return
     low, high, lut, code_lut, resolution, offset = _levels(scheme.grid)

@@ -184,7 +184,22 @@ def _snap(x, first, blocks, size, top, s, codes):
 
 @njit(nogil=True, cache=True, parallel=True, error_model="numpy")
 def quantize_minimum(
-    x, h, size, per_super, top, candidates, polish, code_top, reach, rounds, emphasis, codes, k_out, m_out, d_out, dmin_out
+    x,
+    h,
+    size,
+    per_super,
+    top,
+    candidates,
+    polish,
+    code_top,
+    reach,
+    rounds,
+    emphasis,
+    codes,
+    k_out,
+    m_out,
+    d_out,
+    dmin_out,
 ):
     """Quantise blocks of `size` weights, a multiple of 16.
 
