@@ -110,6 +110,8 @@ def resolve(
             errors += refused.errors
         except FewbitError as error:
             errors.append(error)
+    for output in outputs:
+        _check_outliers(output, errors)
     if errors:
         raise Refusals(errors)
     needs = sorted({need for out in outputs for job in out.quantised for need in job.needs})
@@ -163,6 +165,15 @@ def _check_recipe(
                     "FB-E0408", f"--include {role}: the model has no such role; it has {', '.join(sorted(roles))}"
                 )
             )
+
+
+def _check_outliers(output: Output, errors: list[FewbitError]) -> None:
+    """Methods that keep some weights beside the codes need a format that has room for them."""
+    methods = sorted({job.solver for job in output.quantised if job.solver in SOLVERS and SOLVERS[job.solver].outliers})
+    if methods and not output.format.startswith("dense"):
+        words = ", ".join(methods)
+        what = f"{output.target}: {words} keeps outliers beside the codes, which {output.format} cannot store"
+        errors.append(InputError("FB-E0415", what))
 
 
 def _gather(errors: list[FewbitError], call: Any, *args: Any) -> Any:

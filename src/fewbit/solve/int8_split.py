@@ -68,6 +68,7 @@ def outlying(absmax: torch.Tensor, threshold: float, most: float) -> torch.Tenso
 SOLVER = Solver(
     name="int8-split",
     needs=frozenset({"importance", "absmax"}),
+    outliers=True,
     solve=solve,
     options={"threshold": 6.0, "most": 0.1, "search": "absmax", "steps": Search.steps},
     summary="LLM.int8(): columns with outlying inputs kept in f16, the rest rounded to nearest",

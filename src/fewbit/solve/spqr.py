@@ -98,6 +98,7 @@ def _settled(base: torch.Tensor, mask: torch.Tensor, quadratic: Quadratic) -> to
 SOLVER = Solver(
     name="spqr",
     needs=gptq.SOLVER.needs,
+    outliers=True,
     solve=solve,
     options={**gptq.SOLVER.options, "outliers": 0.01},
     summary="SpQR: a share of outliers kept sparse in f16, the rest by error feedback",

@@ -49,6 +49,7 @@ class Solver:
         solve: (w [*batch, rows, cols], stats or None, scheme, *, seed, options) -> Solved.
         options: every option with its default; unknown options are errors.
         summary: one line for `fewbit methods`.
+        outliers: whether its answers hold weights beside the codes, which only dense outputs can store.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Solver:
     solve: Callable[..., Solved]
     options: Mapping[str, Any] = field(default_factory=dict)
     summary: str = ""
+    outliers: bool = False
 
     def __call__(
         self,

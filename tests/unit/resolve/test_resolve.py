@@ -141,3 +141,9 @@ def test_a_budget_is_kept_or_refused_by_name() -> None:
     assert found.workers == 3 and found.peak <= BASE_BYTES + 3 * one
     with pytest.raises(ResourceError, match="up_proj"):
         budget(jobs, BASE_BYTES + one - 1, workers=1)
+
+
+def test_methods_with_outliers_need_a_format_that_holds_them() -> None:
+    with pytest.raises(Refusals, match="FB-E0415"):
+        resolve(manifest(LLAMA), CONFIG, Recipe(to=("compressed-tensors:int4-g128",), method="spqr"))
+    assert resolve(manifest(LLAMA), CONFIG, Recipe(to=("dense:int4-g128",), method="spqr")).outputs[0].quantised
