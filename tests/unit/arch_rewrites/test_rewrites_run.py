@@ -44,7 +44,7 @@ def hidden(source: Source, tokens: torch.Tensor, like: Source | None = None) -> 
     known = facts(like.manifest, like.config) if like is not None else {}
 
     def read(name: str) -> torch.Tensor:
-        return source.read(name).T if name in known and known[name].transposed else source.read(name)
+        return source.read(name)
 
     with torch.no_grad():
         trunk = model.load_trunk(read)
