@@ -84,9 +84,6 @@ def _decode_vectors(grid: VectorGrid, codes: torch.Tensor) -> torch.Tensor:
     return values.flatten(-2)
 
 
-Stored = "torch.Tensor | QTensor"
-
-
 def values_of(stored: torch.Tensor | QTensor) -> torch.Tensor:
     """A stored scale or shift as float32 numbers."""
     return stored.dequantize() if isinstance(stored, QTensor) else stored.float()

@@ -165,54 +165,6 @@ def survey_page(found: dict[str, Any], tensors: bool = False) -> str:
     return render(*parts)
 
 
-def scores_page(base: str, text: str, scores: Sequence[Any]) -> str:
-    """Fidelity of candidates as `fewbit eval` shows it: value ± standard error."""
-    first = scores[0]
-    columns = [
-        ("candidate", "left"),
-        ("bytes", "right"),
-        ("bits/w", "right"),
-        ("perplexity", "right"),
-        ("ratio", "right"),
-        ("KL, nats", "right"),
-    ]
-    columns += [("KL median", "right"), ("99 %", "right"), ("same top 1", "right"), ("RMS Δp", "right")]
-    rows = []
-    for score in scores:
-        m, q = score.measures, score.kl_quantiles
-        rows.append(
-            (
-                score.name,
-                human_bytes(score.nbytes),
-                f"{score.bits_per_weight:.3f}",
-                _with_error(*m["perplexity"]),
-                _with_error(*m["perplexity_ratio"]),
-                _with_error(*m["kl"]),
-                f"{q[0.5]:.3g}",
-                f"{q[0.99]:.3g}",
-                f"{100 * m['top1'][0]:.2f} ± {100 * m['top1'][1]:.2f} %",
-                f"{100 * m['rms_delta_p'][0]:.2f} ± {100 * m['rms_delta_p'][1]:.2f} %",
-            )
-        )
-    perplexity = _with_error(*first.measures["base_perplexity"])
-    return render(
-        f"base {base}: perplexity {perplexity} over {first.tokens:,} tokens of {text}",
-        "",
-        table(columns, rows),
-        width=200,
-    )
-
-
-def _with_error(value: float, error: float) -> str:
-    """Value ± standard error, to two digits of the error."""
-    import math
-
-    if not error or not math.isfinite(error):
-        return f"{value:.5g}"
-    digits = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
-
-
 def conversion_page(plan: Any, done: Any = None) -> str:
     """What becomes of the weights of a checkpoint in another format, grouped by what happens to them."""
     from collections import Counter

@@ -35,7 +35,7 @@ from fewbit.num.scheme import Scheme
 from fewbit.run.acts import ActStore
 from fewbit.run.calib import Calibration, calibration
 from fewbit.run.fisher import fisher_pass, load_grams
-from fewbit.run.hf import BlockModel, Entry, Params, Slot
+from fewbit.run.hf import BlockModel, Params, Slot
 from fewbit.run.observe import Observer, StopForward, Use
 from fewbit.run.static import with_inputs
 from fewbit.solve.table import SOLVERS, Solved
@@ -144,7 +144,7 @@ class Calibrated:
             stores.append(store)
         for index in range(len(stores[0])):
             start, stop = stores[0].span(index)
-            hidden = self._entry_of(trunk, tokens[start:stop]).hidden
+            hidden = self.model.enter(trunk, tokens[start:stop]).hidden
             for store in stores:
                 store.put(index, hidden)
         return entry.kwargs, stores[0], stores[1] if streams == 2 else None
@@ -181,9 +181,6 @@ class Calibrated:
             self.model, self.run.source.read, trunk, tokens, tracked, self.scratch,
             batch=self.batch, seed=self.run.plan.recipe["seed"], spill=spill, on_block=told,
         )  # fmt: skip
-
-    def _entry_of(self, trunk: Params, tokens: torch.Tensor) -> Entry:
-        return self.model.enter(trunk, tokens)
 
     def _resume(self, quantised: ActStore, floats: ActStore | None) -> int:
         """Index of the first block that is not done; the stores hold its inputs."""
