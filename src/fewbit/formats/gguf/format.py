@@ -58,7 +58,9 @@ def config(source: dict[str, Any], assignment: Assignment) -> tuple[dict[str, An
 
 def detect(config: Mapping[str, Any], manifest: Manifest) -> dict[str, Stored] | None:
     """The block tensors of a GGUF file, by GGUF name; None for anything but a GGUF file."""
-    if "general.architecture" not in manifest.metadata and not any(info.dtype.startswith(PREFIX) for info in manifest.values()):
+    if "general.architecture" not in manifest.metadata and not any(
+        info.dtype.startswith(PREFIX) for info in manifest.values()
+    ):
         return None
     found = {}
     for name, info in manifest.items():
