@@ -17,12 +17,11 @@ from fewbit.arch.rewrite import Steps, apply_steps, merge, pooled, repeated, sca
 from fewbit.arch.rewrite_spaces import End, Space
 from fewbit.arch.rewrite_table import needs_of, options_of
 from fewbit.arch.smooth import smooth_scales
-from fewbit.base.errors import InputError
 from fewbit.math.stats import Stats
+from fewbit.plan.calibrated import SPILL_SHARE
 from fewbit.run.acts import ActStore
-from fewbit.run.calib import Calibration, calibration
-from fewbit.run.hf import BlockModel
 from fewbit.run.observe import Observer, Use
+from fewbit.run.start import batch_size, block_model, fill, text_for
 from fewbit.solve.table import SOLVERS
 
 if TYPE_CHECKING:
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
     from fewbit.run.engine import _Run
     from fewbit.run.rewrites import RewrittenSource
 
-BATCH_TOKENS = 4096
-BIG_MODEL = 2_000_000_000  # parameters from which blocks are computed in bfloat16
-SPILL_SHARE = 0.3  # of the budget that hidden states may take before they go to disk
 MIN_TOKENS = 64  # an expert that fewer tokens reached keeps its scale
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -49,26 +45,10 @@ class Walk:
         self.seed, self.offset = recipe["seed"], source.offset
         self.needs = needs_of(source.scaled)
         self.options = {name: options_of(name, recipe["options"]) for name in source.scaled}
-        dtype = torch.bfloat16 if source.manifest.numel >= BIG_MODEL else torch.float32
-        self.model = BlockModel(source.config, source.manifest, dtype=dtype, device=run.settings.device)
-        vocab = source.manifest[source.spaces.embed].shape[0] if source.spaces.embed else 1 << 62
-        text = calibration(
-            recipe["calib"] or "default", source.root, recipe["calib_samples"], recipe["calib_length"], self.seed, vocab
-        )
-        self._same_text(text)
-        self.tokens = text.tokens
-        self.batch = min(self.tokens.shape[0], max(1, BATCH_TOKENS // self.tokens.shape[1]))
+        self.model = block_model(source, run.settings.device)
+        self.tokens = text_for(source, recipe, run.sinks[0]).tokens
+        self.batch = batch_size(self.tokens)
         self.rounded = _jobs_by_tensor(run)
-
-    def _same_text(self, text: Calibration) -> None:
-        sink = self.run.sinks[0]
-        before = sink.notes.get("calibration", {}).get("digest")
-        if before is None:
-            sink.note("calibration", {"digest": text.digest, "summary": text.summary})
-        elif before != text.digest:
-            raise InputError(
-                "FB-E0411", "the calibration text has changed since this run was interrupted", file=sink.scratch
-            )
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         todo = [index for index in range(len(self.model)) if index not in self.done]
@@ -95,9 +75,7 @@ class Walk:
         path = self.run.sinks[0].scratch / "acts-rewrites.live" if spill else None
         store = ActStore(shape, self.model.dtype, self.batch, path)
         stack.callback(store.close)
-        for index in range(len(store)):
-            start, stop = store.span(index)
-            store.put(index, self.model.enter(trunk, self.tokens[start:stop]).hidden)
+        fill(self.model, trunk, self.tokens, [store])
         return store, entry.kwargs
 
     # ---- statistics

@@ -1,0 +1,71 @@
+"""What every walk of calibration text through a model begins with: the model, its text, and the hidden states before block 0."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fewbit.base.errors import InputError
+from fewbit.plan.calibrated import BATCH_TOKENS, BIG_MODEL
+from fewbit.run.acts import ActStore
+from fewbit.run.calib import Calibration, calibration
+from fewbit.run.hf import BlockModel, Params
+from fewbit.run.source import Source
+
+if TYPE_CHECKING:
+    from fewbit.run.sinks import Sink
+
+
+def block_model(source: Source, device: str) -> BlockModel:
+    """The model of a source, in bfloat16 where it is big."""
+    dtype = torch.bfloat16 if source.manifest.numel >= BIG_MODEL else torch.float32
+    return BlockModel(source.config, source.manifest, dtype=dtype, device=device)
+
+
+def text_for(source: Source, recipe: dict[str, Any], sink: Sink) -> Calibration:
+    """The recipe's calibration tokens, noted in the journal: a resumed run must see those that the interrupted one saw.
+
+    Raises:
+        InputError: FB-E0411 when the text has changed since.
+    """
+    text = calibration(
+        recipe["calib"] or "default",
+        source.root,
+        recipe["calib_samples"],
+        recipe["calib_length"],
+        recipe["seed"],
+        _vocabulary(source),
+    )
+    before = sink.notes.get("calibration", {}).get("digest")
+    if before is None:
+        sink.note("calibration", {"digest": text.digest, "summary": text.summary})
+    elif before != text.digest:
+        raise InputError(
+            "FB-E0411", "the calibration text has changed since this run was interrupted", file=sink.scratch
+        )
+    return text
+
+
+def _vocabulary(source: Source) -> int:
+    """Rows of the embedding, by the names that embeddings bear; a number no token reaches when there is none."""
+    sizes = [
+        info.shape[0]
+        for name, info in source.manifest.items()
+        if (len(info.shape) == 2 and "emb" in name) or "wte" in name
+    ]
+    return max(sizes, default=1 << 62)
+
+
+def batch_size(tokens: torch.Tensor) -> int:
+    """Sequences that are run at once: some `BATCH_TOKENS` tokens."""
+    return min(tokens.shape[0], max(1, BATCH_TOKENS // tokens.shape[1]))
+
+
+def fill(model: BlockModel, trunk: Params, tokens: torch.Tensor, stores: list[ActStore]) -> None:
+    """Puts the hidden states before block 0 of all sequences into the stores."""
+    for index in range(len(stores[0])):
+        start, stop = stores[0].span(index)
+        hidden = model.enter(trunk, tokens[start:stop]).hidden
+        for store in stores:
+            store.put(index, hidden)
