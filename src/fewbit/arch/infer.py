@@ -1,19 +1,25 @@
 """What each tensor of a checkpoint is, from its name and shape and the architecture data: no module classes are walked.
 
 Every tensor gets a role. Roles of matrices that an engine multiplies by are quantised by default; embeddings, heads, norms,
-routers, biases, positions and convolutions are kept, and the plan says so for each. A tensor that no row knows is a linear layer
+routers, biases, positions, convolutions and the towers of models that also see or hear are kept, and the plan says so for each. A tensor that no row knows is a linear layer
 when it is a matrix or a stack of matrices, else a vector: nothing is skipped.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fewbit.arch.spec import KEPT_ROLES, Family, Row, families, family_of
 from fewbit.base.manifest import Manifest, TensorInfo
 from fewbit.base.names import layer_index
+
+# the parts of a composite model that see or hear, and what joins them to the language part
+_TOWER = re.compile(
+    r"(^|\.)((vision|visual|image|audio|speech)\w*|multi_modal_projector|mm_projector|modality_projection|connector|embed_vision|embed_audio)\."
+)
 
 FUSED_SPACES = ("attn_in", "mlp_in")
 
@@ -65,7 +71,19 @@ def family_for(config: Mapping[str, Any]) -> Family | None:
 def facts(manifest: Manifest, config: Mapping[str, Any]) -> dict[str, TensorFacts]:
     """Facts about every tensor of a checkpoint, in manifest order."""
     family = family_for(config)
-    return {name: _facts_of(info, family) for name, info in manifest.items()}
+    towers = _towers(manifest)
+    found = {}
+    for name, info in manifest.items():
+        known = _facts_of(info, family)
+        found[name] = replace(known, role="tower") if name in towers and not known.kept else known
+    return found
+
+
+def _towers(manifest: Manifest) -> frozenset[str]:
+    """Tensors of vision and audio towers beside a language model; none where they are most of the model (CLIP, Whisper, ViT): there they are it."""
+    found = frozenset(name for name in manifest if _TOWER.search(name))
+    inside = sum(manifest[name].numel for name in found)
+    return found if 2 * inside < sum(info.numel for info in manifest.values()) else frozenset()
 
 
 def _facts_of(info: TensorInfo, family: Family | None) -> TensorFacts:

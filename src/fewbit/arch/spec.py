@@ -35,7 +35,9 @@ from fewbit.base.names import compile_pattern, matches
 QUANTISED_ROLES = frozenset(
     {"q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "fc1", "fc2", "linear", "q_a", "q_b", "kv_a", "kv_b"}
 )
-KEPT_ROLES = frozenset({"embed", "position", "head", "norm", "bias", "router", "conv", "sinks", "vector", "buffer"})
+KEPT_ROLES = frozenset(
+    {"embed", "position", "head", "norm", "bias", "router", "conv", "sinks", "vector", "buffer", "tower"}
+)
 
 
 @dataclass(frozen=True)

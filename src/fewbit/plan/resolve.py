@@ -32,6 +32,7 @@ KEPT_BECAUSE = {
     "sinks": "attention sinks stay in high precision",
     "vector": "vectors stay in high precision",
     "buffer": "not a weight",
+    "tower": "vision and audio towers stay in high precision",
 }
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
@@ -92,6 +93,7 @@ def resolve(
             f"no architecture data for model type {model_type_of(config)!r}: roles come from names and shapes, rewrites are off"
         )
     _check_recipe(manifest, recipe, known, errors)
+    warnings += _tower_warning(manifest, known, recipe)
     outputs = []
     for target in recipe.to:
         try:
@@ -123,6 +125,17 @@ def resolve(
         needs=tuple(needs),
         disk_bytes=sum(out.nbytes for out in outputs),
     )
+
+
+def _tower_warning(manifest: Manifest, known: Mapping[str, TensorFacts], recipe: Recipe) -> list[str]:
+    """A sentence about the towers that stay as they are, where the model has some."""
+    towers = [manifest[name] for name, item in known.items() if item.role == "tower"]
+    if not towers or "tower" in recipe.include:
+        return []
+    size = sum(info.nbytes for info in towers) / 1e6
+    return [
+        f"{len(towers)} matrices of the vision or audio tower ({size:,.1f} MB) stay in high precision; --include tower quantises them too"
+    ]
 
 
 def _check_recipe(

@@ -222,7 +222,7 @@ _KINDS = (
 
 
 def _kind(name: str, role: str) -> str:
-    if re.search(r"vision|visual|image|audio|multi_modal", name):
+    if role == "tower" or re.search(r"vision|visual|image|audio|multi_modal", name):
         return "vision"
     if ".experts." in name and role in _KINDS[1][1] | {"bias", "linear"}:
         return "experts"

@@ -76,8 +76,6 @@ def _name(index: int, weight: Weight) -> str:
             if len(weight.shape) < 2 or weight.kept
             else f"blk.{weight.layer or 0}.x{index}.weight"
         )
-    if weight.role == "fc2" and "attention" in weight.name:  # BERT's attention.output.dense
-        return f"blk.{weight.layer or 0}.attn_output.weight"
     part = "_exps" if weight.kind == "experts" else "_shexp" if weight.kind == "shared experts" else ""
     return f"blk.{weight.layer or 0}.{_NAMES[weight.role]}{part}.weight"
 

@@ -36,7 +36,9 @@ def manifest(**shapes: tuple[int, ...]) -> Manifest:
         ("gpt_oss", "model.layers.0.self_attn.sinks", (8,), "sinks"),
         ("gpt2", "h.0.attn.c_attn.weight", (8, 24), "qkv"),
         ("gpt2", "wpe.weight", (32, 8), "position"),
-        ("bert", "bert.encoder.layer.0.attention.self.query.weight", (8, 8), "linear"),
+        ("bert", "bert.encoder.layer.0.attention.self.query.weight", (8, 8), "q"),
+        ("bert", "bert.encoder.layer.0.attention.output.dense.weight", (8, 8), "o"),
+        ("bert", "bert.encoder.layer.0.output.dense.weight", (8, 16), "fc2"),
         ("bert", "bert.encoder.layer.0.intermediate.dense.weight", (16, 8), "fc1"),
         ("somethingnew", "model.layers.0.mixer.in_proj.weight", (8, 8), "linear"),
         ("somethingnew", "model.layers.0.mixer.conv1d.weight", (8, 1, 4), "vector"),
@@ -73,3 +75,18 @@ def test_a_model_type_belongs_to_one_family() -> None:
     listed = [model_type for family in families().values() for model_type in family.model_types]
     assert len(listed) == len(set(listed))
     assert family_of("llama") is families()["llama"] and family_of("nonsense") is None
+
+
+@pytest.mark.parametrize(
+    "tower",
+    ["model.visual.blocks.0.attn.qkv.weight", "vision_tower.encoder.layers.0.mlp.fc1.weight", "audio_tower.layers.0.fc1.weight",
+     "model.vision_encoder.transformer.layers.0.attention.q_proj.weight", "multi_modal_projector.linear_1.weight"],
+)  # fmt: skip
+def test_towers_beside_a_language_model_are_kept_but_not_where_they_are_the_model(tower: str) -> None:
+    shapes = {tower: (16, 8), tower.replace("weight", "bias"): (16,), "model.layers.0.mlp.up_proj.weight": (32, 8)}
+    tensors = {name: TensorInfo(name, "BF16", shape, 0) for name, shape in shapes.items()}
+    found = facts(Manifest(tensors), {"model_type": "made_up"})
+    assert found[tower].role == "tower" and found[tower].kept and found[tower.replace("weight", "bias")].role == "bias"
+    assert found["model.layers.0.mlp.up_proj.weight"].role == "up"
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    assert not facts(Manifest(tensors), {"model_type": "made_up"})[tower].kept

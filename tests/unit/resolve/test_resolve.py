@@ -47,6 +47,16 @@ def test_defaults_keep_what_hurts_and_say_so() -> None:
     assert "high precision" in kept["lm_head.weight"]
 
 
+def test_vision_towers_stay_and_the_plan_says_so() -> None:
+    shapes = {**LLAMA, "vision_tower.blocks.0.mlp.fc1.weight": (256, 128)}
+    plan = resolve(manifest(shapes), CONFIG, Recipe(to=("compressed-tensors:int4-g128",)))
+    job = next(job for job in plan.outputs[0].jobs if job.name.startswith("vision_tower"))
+    assert job.scheme is None and "towers stay" in job.reason
+    assert any("--include tower" in line for line in plan.warnings)
+    plan = resolve(manifest(shapes), CONFIG, Recipe(to=("compressed-tensors:int4-g128",), include=("tower",)))
+    assert len(plan.outputs[0].quantised) == 3 and plan.warnings == ()
+
+
 def test_rules_win_and_the_last_match_counts() -> None:
     rules = (
         parse_rule("*.mlp.*=keep"),
