@@ -1,0 +1,190 @@
+"""A small training loop: a student follows its teacher's distributions, and the curve is kept.
+
+The loss is KL(teacher || student) over next tokens, to which a share of the usual cross entropy can be added; without a teacher it is cross entropy alone.
+Nothing here knows of quantisation: it serves models that `runtime.qat` prepared and models with adapters alike.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewbit.base.errors import InputError
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How to train.
+
+    Attributes:
+        steps: updates. batch: windows in each.
+        lr: peak learning rate of groups that state none; warmup: share of the steps that it takes to get there, then a cosine to `floor` of it.
+        temperature: of the teacher's and student's distributions. labels: weight of the cross entropy beside the distillation, 0 to 1.
+        clip: largest norm of the gradient.
+        every: steps between evaluations. seed: of the order of the windows.
+    """
+
+    steps: int = 200
+    batch: int = 4
+    lr: float = 1e-3
+    warmup: float = 0.05
+    floor: float = 0.05
+    temperature: float = 1.0
+    labels: float = 0.0
+    clip: float = 1.0
+    every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive = self.steps > 0 and self.batch > 0 and self.temperature > 0 and self.clip > 0 and self.every > 0
+        if not positive or not 0 <= self.labels <= 1 or not 0 <= self.warmup < 1 or not 0 <= self.floor <= 1:
+            raise InputError("FB-E0916", f"a schedule of {self}")
+
+    def share(self, step: int) -> float:
+        """Share of the peak learning rate at a step."""
+        rise = max(1, round(self.warmup * self.steps))
+        if step < rise:
+            return (step + 1) / rise
+        along = (step - rise) / max(1, self.steps - rise)
+        return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * along)) / 2
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a curve: after `step` updates; mean loss since the last point; what the evaluation said; seconds of training so far."""
+
+    step: int
+    loss: float
+    seconds: float
+    measures: dict[str, float]
+
+    def record(self) -> dict[str, Any]:
+        return {"step": self.step, "loss": self.loss, "seconds": round(self.seconds, 2), **self.measures}
+
+
+def train(
+    student: nn.Module,
+    tokens: torch.Tensor,
+    schedule: Schedule,
+    *,
+    teacher: nn.Module | None = None,
+    groups: list[dict[str, Any]] | None = None,
+    evaluate: Evaluate | None = None,
+    on_point: Callable[[Point], None] | None = None,
+) -> list[Point]:
+    """Trains what of the student learns.
+
+    Args:
+        student, teacher: causal models: tokens -> .logits.
+        tokens: int64 [windows, length].
+        groups: of the optimiser, each with its peak `lr`; None for everything that learns at `schedule.lr`.
+        evaluate: called before the first step, every `schedule.every` steps and after the last, in evaluation mode without gradients.
+
+    Returns:
+        The curve, its first point before any update.
+
+    Raises:
+        InputError: FB-E0916 when nothing learns, there are too few windows, or the loss is not finite.
+    """
+    params = [p for p in student.parameters() if p.requires_grad]
+    if not params or tokens.ndim != 2 or tokens.shape[0] < schedule.batch:
+        raise InputError(
+            "FB-E0916", f"{len(params)} parameters learn from {tuple(tokens.shape)} tokens, {schedule.batch} at a time"
+        )
+    groups = [dict(group) for group in groups] if groups else [{"params": params, "lr": schedule.lr}]
+    peaks = [group.get("lr", schedule.lr) for group in groups]
+    optimiser = torch.optim.AdamW(groups, lr=schedule.lr, weight_decay=0.0, betas=(0.9, 0.98))
+    curve = _Curve(student, evaluate, on_point)
+    curve.add(0, float("nan"))
+    order = batches(tokens.shape[0], schedule.batch, schedule.seed)
+    student.train()
+    losses: list[float] = []
+    for step in range(schedule.steps):
+        for group, peak in zip(optimiser.param_groups, peaks, strict=True):
+            group["lr"] = peak * schedule.share(step)
+        loss = loss_of(student, teacher, tokens[next(order)].to(params[0].device), schedule)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            raise InputError("FB-E0916", f"the loss is {losses[-1]} at step {step}: lower the learning rate")
+        torch.nn.utils.clip_grad_norm_(params, schedule.clip)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        if (step + 1) % schedule.every == 0 or step + 1 == schedule.steps:
+            curve.add(step + 1, sum(losses) / len(losses))
+            losses.clear()
+    student.eval()
+    return curve.points
+
+
+class _Curve:
+    """Points as they come; evaluation does not count as training time."""
+
+    def __init__(self, student: nn.Module, evaluate: Evaluate | None, on_point: Callable[[Point], None] | None) -> None:
+        self.student, self.evaluate, self.on_point = student, evaluate, on_point
+        self.points: list[Point] = []
+        self.started, self.paused = time.monotonic(), 0.0
+
+    def add(self, step: int, loss: float) -> None:
+        at = time.monotonic()
+        measures: dict[str, float] = {}
+        if self.evaluate is not None:
+            training = self.student.training
+            self.student.eval()
+            with torch.no_grad():
+                measures = self.evaluate(self.student)
+            self.student.train(training)
+        self.points.append(Point(step, loss, at - self.started - self.paused, measures))
+        self.paused += time.monotonic() - at
+        if self.on_point is not None:
+            self.on_point(self.points[-1])
+
+
+def batches(count: int, size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Index batches without end; every window once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.empty(0, dtype=torch.int64)
+    while True:
+        while left.numel() < size:
+            left = torch.cat([left, torch.randperm(count, generator=generator)])
+        yield left[:size]
+        left = left[size:]
+
+
+def loss_of(student: nn.Module, teacher: nn.Module | None, tokens: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+    """Mean loss per position of a batch [windows, length], in nats (times the square of the temperature, which keeps gradients alike)."""
+    logits = student(tokens, use_cache=False).logits.float()
+    labels = schedule.labels if teacher is not None else 1.0
+    loss = logits.new_zeros(())
+    if labels:
+        loss = loss + labels * nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    if teacher is not None and labels < 1:
+        with torch.no_grad():
+            wanted = torch.log_softmax(teacher(tokens, use_cache=False).logits.float() / schedule.temperature, -1)
+        found = torch.log_softmax(logits / schedule.temperature, -1)
+        kl = nn.functional.kl_div(found.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
+        loss = loss + (1 - labels) * schedule.temperature**2 * kl
+    return loss
+
+
+@torch.no_grad()
+def fidelity(model: nn.Module, base: nn.Module, windows: Iterable[torch.Tensor]) -> dict[str, float]:
+    """Mean KL(base || model) and mean losses over batches of windows [n, length], in nats per position."""
+    totals = torch.zeros(4, dtype=torch.float64)
+    for tokens in windows:
+        p = torch.log_softmax(base(tokens, use_cache=False).logits[:, :-1].float(), -1)
+        q = torch.log_softmax(model(tokens, use_cache=False).logits[:, :-1].float(), -1)
+        right = tokens[:, 1:, None]
+        kl = nn.functional.kl_div(q, p, log_target=True, reduction="sum")
+        losses = (-q.gather(-1, right).sum(), -p.gather(-1, right).sum())
+        totals += torch.stack([kl, *losses, torch.tensor(float(right.numel()))]).double().cpu()
+    kl, nll, base_nll, count = totals.tolist()
+    return {"kl": kl / count, "nll": nll / count, "base_nll": base_nll / count}

@@ -1,0 +1,373 @@
+"""Training through the rounding: make a model compute with fake-quantised weights, train it, and take the codes out.
+
+    prepared = prepare(model, "int4-channel-bf16", floats="bf16")        every linear layer and stacked expert, in place
+    distil(model, teacher, tokens, …)                                   any training loop does; see `runtime.distil`
+    freeze(model);  qtensors(model)  or  convert(model)                 what was trained, as codes: the same logits, bit for bit
+
+Two recipes. `full` trains the float weights behind the rounding, the step sizes and the norms. `scales` keeps the codes that a solver chose and trains
+step sizes and norms only: no float weights, no optimiser state for them, minutes instead of hours.
+
+Weights are reached by `torch.nn.utils.parametrize`, so every module that has a `weight` (or a stacked parameter) is served alike and its own code runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fewbit.base.errors import InputError
+from fewbit.base.names import matches
+from fewbit.math.scales import quantize
+from fewbit.num.grid import BF16, F16, F32
+from fewbit.num.qtensor import QTensor
+from fewbit.num.scheme import Scheme, leaf, parse_scheme
+from fewbit.runtime.fake import FakeQuantise, inside_cells
+from fewbit.runtime.fake_inputs import FakeInputs
+from fewbit.runtime.linear import QuantLinear
+from fewbit.solve.table import solver_named
+
+Recipe = Literal["full", "scales"]
+Start = Mapping[str, QTensor] | Callable[[str], "QTensor | None"]
+SKIP = ("*lm_head.*", "*.router.*", "*.mlp.gate.*", "*.block_sparse_moe.gate.*")
+INPUTS = "fake_inputs"
+_GRIDS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` did.
+
+    Attributes:
+        quantised: parameter name -> spelling of its scheme.
+        trained: names of float parameters that learn besides (norms, biases, what was asked for).
+        kept: weights that stay as they are -> why.
+        learning, total: numbers that learn; numbers in the model.
+    """
+
+    quantised: dict[str, str]
+    trained: tuple[str, ...]
+    kept: dict[str, str]
+    learning: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight that can be quantised: attribute `attribute` of `module`, whose full name is `name`."""
+
+    module: nn.Module
+    attribute: str
+    name: str
+    transposed: bool
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return getattr(self.module, self.attribute)
+
+
+def prepare(
+    model: nn.Module,
+    scheme: str | Scheme,
+    *,
+    recipe: Recipe = "full",
+    start: Start | None = None,
+    method: str = "rtn",
+    skip: Collection[str] = SKIP,
+    also: Collection[str] = (),
+    transposed: Collection[str] = (),
+    floats: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Prepared:
+    """Puts fake quantisation on every linear layer, Conv1D and stacked expert of a model, in place; all other parameters stop learning, norms and biases excepted.
+
+    Args:
+        model: floating, ideally float32: small updates get lost in 16 bits.
+        scheme: of weights, and of inputs where it says so (`int4-g128+int8-token`).
+        recipe: what learns, see the module's text.
+        start: quantised weights to start from, by parameter name (a GPTQ result, say); what it lacks is solved by `method`.
+        method: a solver that needs no calibration.
+        skip: patterns of parameter names to leave alone. Tied weights are always left alone.
+        also: patterns of further float parameters that learn.
+        transposed: patterns of stacked parameters that lie [experts, in, out].
+        floats: grid in which trained float parameters will be stored (`bf16`): they are rounded to it while training; None for their own.
+        options, seed: of the solver.
+
+    Raises:
+        InputError: FB-E0913 when nothing can be quantised, a weight is not floating or on the meta device, a name is tied, or a word is unknown;
+            FB-E0914 for a start of another shape or scheme; FB-E0911 for activations that cannot be static; FB-E0601 … FB-E0704 from parsing and solving.
+    """
+    wanted = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    _check(model, wanted, recipe, floats)
+    tied = tied_names(model)
+    targets = list(find_targets(model, transposed))
+    kept = {t.name: "tied to another parameter" for t in targets if t.name in tied}
+    kept |= {t.name: "skipped" for t in targets if t.name not in kept and _any(skip, t.name)}
+    chosen = [t for t in targets if t.name not in kept]
+    if not chosen:
+        raise InputError("FB-E0913", f"no weight of this {type(model).__name__} is left to quantise")
+    refuse_inputs(wanted, chosen)
+    found = {t.name: _starting(t, wanted, start, method, options or {}, seed) for t in chosen}
+    trained = _trained(model, {t.name for t in targets}, also, tied)
+    model.requires_grad_(False)
+    for target in chosen:
+        _install(target, found[target.name], wanted, keep_codes=recipe == "scales", given=start is not None)
+    for name in trained:
+        _learn_float(model, name, floats)
+    numbers = [p.numel() for p in model.parameters() if p.requires_grad]
+    return Prepared(
+        {t.name: str(wanted) for t in chosen},
+        tuple(trained),
+        kept,
+        sum(numbers),
+        sum(p.numel() for p in model.parameters()),
+    )
+
+
+def _check(model: nn.Module, scheme: Scheme, recipe: str, floats: str | None) -> None:
+    if recipe not in ("full", "scales"):
+        raise InputError("FB-E0913", f"recipes are full and scales, got {recipe!r}")
+    if any(isinstance(module, FakeQuantise) for module in model.modules()):
+        raise InputError("FB-E0913", "the model is prepared already")
+    if scheme.is_leaf:
+        raise InputError("FB-E0913", f"{scheme} has no scale to learn")
+    if floats is not None and not parse_scheme(floats).is_leaf:
+        raise InputError("FB-E0913", f"floats are stored as f32, f16 or bf16, got {floats}")
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Names of parameters that live in more than one module."""
+    names: dict[int, dict[int, list[str]]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for attribute, param in module._parameters.items():
+            if param is not None:
+                owners = names.setdefault(id(param), {})
+                owners.setdefault(id(module), []).append(f"{prefix}.{attribute}".lstrip("."))
+    return {name for owners in names.values() if len(owners) > 1 for group in owners.values() for name in group}
+
+
+def find_targets(model: nn.Module, transposed: Collection[str] = ()) -> Iterator[Target]:
+    """Weights of linear layers and Conv1D, and stacked parameters [experts, out, in]; each once, in the module's order."""
+    for prefix, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.Linear) or kind == "Conv1D":
+            yield Target(module, "weight", f"{prefix}.weight".lstrip("."), kind == "Conv1D")
+        elif not isinstance(module, nn.modules.conv._ConvNd):
+            for attribute, param in module._parameters.items():
+                if param is not None and param.ndim == 3:
+                    name = f"{prefix}.{attribute}".lstrip(".")
+                    yield Target(module, attribute, name, _any(transposed, name))
+
+
+def refuse_inputs(scheme: Scheme, targets: list[Target]) -> None:
+    """Inputs of stacked experts are born inside their module, where nothing of ours can round them."""
+    stacked = [t.name for t in targets if t.weight.ndim == 3]
+    if scheme.activation is not None and stacked:
+        raise InputError(
+            "FB-E0911", f"inputs of stacked experts cannot be rounded in training ({scheme})", tensor=stacked[0]
+        )
+
+
+def _any(patterns: Collection[str], name: str) -> bool:
+    return any(matches(pattern, name) for pattern in patterns)
+
+
+def _starting(
+    target: Target, scheme: Scheme, start: Start | None, method: str, options: Mapping[str, Any], seed: int
+) -> QTensor:
+    """Where a weight's codes and scales start, [.., out, in]."""
+    weight = target.weight.detach()
+    if weight.is_meta or not weight.is_floating_point():
+        raise InputError("FB-E0913", f"the weight is {weight.dtype} on {weight.device}", tensor=target.name)
+    rows_first = weight.transpose(-1, -2) if target.transposed else weight
+    given = None if start is None else start(target.name) if callable(start) else start.get(target.name)
+    if given is not None:
+        if tuple(given.shape) != tuple(rows_first.shape) or given.scheme.weights_only != scheme.weights_only:
+            what = (
+                f"the start is {given.scheme} of {tuple(given.shape)}, wanted is {scheme} of {tuple(rows_first.shape)}"
+            )
+            raise InputError("FB-E0914", what, tensor=target.name)
+        return given.to(weight.device)
+    solver = solver_named(method)
+    if solver.needs:
+        raise InputError("FB-E0905", f"{method} needs calibration statistics: {', '.join(sorted(solver.needs))}")
+    try:
+        return solver(rows_first.float().contiguous(), None, scheme.weights_only, seed=seed, options=dict(options)).q
+    except InputError as error:
+        error.tensor = error.tensor or target.name
+        raise
+
+
+def _install(target: Target, q: QTensor, scheme: Scheme, keep_codes: bool, given: bool) -> None:
+    """Parametrises one weight and, where the scheme rounds inputs, hooks the module."""
+    fake = FakeQuantise(q, transposed=target.transposed, keep_codes=keep_codes).to(target.weight.device)
+    param = getattr(target.module, target.attribute)
+    if given and not keep_codes:
+        rows_first = param.data.transpose(-1, -2) if target.transposed else param.data
+        latent = inside_cells(q, rows_first)
+        param.data = (latent.transpose(-1, -2) if target.transposed else latent).contiguous().to(param.dtype)
+    parametrize.register_parametrization(target.module, target.attribute, fake, unsafe=True)
+    original(target.module, target.attribute).requires_grad_(not keep_codes)
+    if scheme.activation is not None:
+        inputs = FakeInputs(scheme.activation, scheme.static).to(target.weight.device)
+        target.module.add_module(INPUTS, inputs)
+        target.module.register_forward_pre_hook(_round_inputs)
+
+
+def _round_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (getattr(module, INPUTS)(args[0]), *args[1:]) if hasattr(module, INPUTS) else args
+
+
+def original(module: nn.Module, attribute: str) -> nn.Parameter:
+    """The parameter behind a parametrised attribute."""
+    return module.parametrizations[attribute].original
+
+
+def _trained(model: nn.Module, weights: set[str], also: Collection[str], tied: set[str]) -> list[str]:
+    """Float parameters that learn: scales of norms, biases that are there, and what was asked for."""
+    names = []
+    for prefix, module in model.named_modules():
+        for attribute, param in module._parameters.items():
+            name = f"{prefix}.{attribute}".lstrip(".")
+            if param is None or name in weights:
+                continue
+            asked = _any(also, name)
+            if asked and name in tied:
+                raise InputError(
+                    "FB-E0913", "a tied parameter cannot learn here: its other name would not follow", tensor=name
+                )
+            if asked or (
+                name not in tied
+                and param.ndim == 1
+                and ("norm" in type(module).__name__.lower() or attribute == "bias")
+            ):
+                names.append(name)
+    return names
+
+
+def _learn_float(model: nn.Module, name: str, floats: str | None) -> None:
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    value = getattr(module, attribute).detach()
+    grid = parse_scheme(floats) if floats else leaf(_GRIDS.get(value.dtype, F32))
+    fake = FakeQuantise(quantize(grid, value.float())).to(value.device)
+    parametrize.register_parametrization(module, attribute, fake, unsafe=True)
+    original(module, attribute).requires_grad_(True)
+
+
+def fakes(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, FakeQuantise]]:
+    """(parameter name, module, attribute, node) of everything that is fake-quantised, floats stored in fewer bits included."""
+    for prefix, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            for attribute, chain in module.parametrizations.items():
+                if isinstance(chain[0], FakeQuantise):
+                    yield f"{prefix}.{attribute}".lstrip("."), module, attribute, chain[0]
+
+
+@torch.no_grad()
+def observe(
+    model: nn.Module, batches: Collection[torch.Tensor], run: Callable[[torch.Tensor], Any] | None = None
+) -> int:
+    """Warm-up: runs batches so that static inputs see their range, then settles them. Returns how many ranges were found."""
+    watching = [module for module in model.modules() if isinstance(module, FakeInputs) and module.observing]
+    if watching:
+        for batch in batches:
+            (run or model)(batch)
+    for module in watching:
+        module.settle()
+    return len(watching)
+
+
+def freeze(model: nn.Module) -> None:
+    """Ends learning: every node holds its value. Faster to evaluate, and the same numbers."""
+    for _, module, attribute, fake in list(fakes(model)):
+        fake.freeze(original(module, attribute))
+    for module in model.modules():
+        if isinstance(module, FakeInputs):
+            module.settle()
+    model.requires_grad_(False)
+
+
+def qtensors(model: nn.Module) -> dict[str, QTensor]:
+    """The quantised weights of a prepared model, [.., out, in], by parameter name; a static input range lies in `sides`.
+
+    Raises:
+        InputError: FB-E0915 when the model is not prepared.
+    """
+    found = {}
+    for name, module, attribute, fake in fakes(model):
+        if fake.scheme.is_leaf:
+            continue
+        q = fake.qtensor(original(module, attribute))
+        inputs = getattr(module, INPUTS, None)
+        if isinstance(inputs, FakeInputs):
+            q = replace(q, scheme=replace(q.scheme, activation=inputs.scheme, static=inputs.static))
+            scale = inputs.input_scale()
+            if inputs.static and scale is None:
+                raise InputError("FB-E0912", "the range of the inputs was never settled", tensor=name)
+            q = q if scale is None else replace(q, sides={"input_scale": scale})
+        found[name] = q
+    if not found:
+        raise InputError("FB-E0915", "the model was not prepared for training in few bits")
+    return found
+
+
+@torch.no_grad()
+def trained_floats(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Float parameters that learn, by name, with the values that the model computes with."""
+    return {
+        name: getattr(module, attribute).detach().clone()
+        for name, module, attribute, fake in fakes(model)
+        if fake.scheme.is_leaf
+    }
+
+
+def convert(model: nn.Module, *, kernel: str | None = None, dense: bool = False) -> dict[str, QTensor]:
+    """Puts truly quantised weights in the place of fake-quantised ones, in place; returns them.
+
+    Linear layers become `QuantLinear`, which keeps few bits in memory. Stacked experts, and with `dense` all weights, become plain parameters with the decoded
+    values: the same arithmetic as in training and so the same logits, bit for bit.
+
+    Args:
+        kernel: of `QuantLinear`; None for the quickest, whose sums may be rounded in another order.
+    """
+    found = qtensors(model)
+    freeze(model)
+    for name, module, _, fake in _plain(model):
+        if fake.scheme.is_leaf or dense or len(fake.shape) != 2:
+            continue
+        weight = module.weight
+        layer = QuantLinear(found[name], module.bias, dtype=weight.dtype, kernel=kernel).train(module.training)
+        for parent in model.modules():  # a layer that stands in two places stays one
+            for key, child in parent._modules.items():
+                if child is module:
+                    parent._modules[key] = layer
+    return found
+
+
+def _plain(model: nn.Module) -> list[tuple[str, nn.Module, str, FakeQuantise]]:
+    """Makes every node's value a plain parameter. (torch's own removal edits a class that copies of the model share.)"""
+    nodes = list(fakes(model))
+    values = [(module, attribute, getattr(module, attribute).detach()) for _, module, attribute, _ in nodes]
+    for module in dict.fromkeys(module for module, _, _ in values):
+        module.__class__ = type(module).__bases__[0]
+        del module.parametrizations
+    for module, attribute, value in values:
+        module.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
+    return nodes
+
+
+def parameter_groups(model: nn.Module, lr: float, scale_lr: float) -> list[dict[str, Any]]:
+    """Groups for an optimiser: weights at `lr`; step sizes, shifts and floats at `scale_lr`. No weight decay: it would pull at the rounding."""
+    weights, rest = [], []
+    behind = {id(original(module, attribute)) for _, module, attribute, fake in fakes(model) if not fake.scheme.is_leaf}
+    for param in model.parameters():
+        if param.requires_grad:
+            (weights if id(param) in behind else rest).append(param)
+    groups = [{"params": weights, "lr": lr, "weight_decay": 0.0}, {"params": rest, "lr": scale_lr, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
