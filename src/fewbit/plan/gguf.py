@@ -90,7 +90,7 @@ def _job(tensor: PlannedTensor, known: Mapping[str, TensorFacts], recipe: Recipe
         (r for r in reversed(recipe.rules) if any(matches(r.pattern, n) for n in (tensor.name, *tensor.reads))), None
     )
     method = (rule.method if rule else None) or recipe.method
-    row_bytes = block_type(tensor.type).row_bytes(tensor.shape[-1])
+    stored = ("U8", (*tensor.shape[:-1], block_type(tensor.type).row_bytes(tensor.shape[-1])))
     return Job(
         name=tensor.reads[0] if tensor.reads else tensor.name,
         target=tensor.name,
@@ -103,5 +103,5 @@ def _job(tensor: PlannedTensor, known: Mapping[str, TensorFacts], recipe: Recipe
         scheme=tensor.scheme if quantised else None,
         solver=method if quantised else "",
         reason=tensor.reason,
-        writes={tensor.name: ("U8", (*tensor.shape[:-1], row_bytes))},
+        writes={tensor.name: stored if quantised else (tensor.type, tensor.shape)},
     )
