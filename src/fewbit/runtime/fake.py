@@ -294,6 +294,8 @@ def inside_cells(q: QTensor, w: torch.Tensor, steps: int = 12) -> torch.Tensor:
 
     far = torch.ones(codes.shape, device=w.device)
     whole = keeps(far)
+    if bool(whole.all()):
+        return w
     near = whole.float()
     for _ in range(steps):
         middle = (near + far) / 2
@@ -301,4 +303,4 @@ def inside_cells(q: QTensor, w: torch.Tensor, steps: int = 12) -> torch.Tensor:
         near = torch.where(good, middle, near)
         far = torch.where(good | whole, far, middle)
     share = near.repeat_interleave(dim, -1) if dim > 1 else near
-    return centre + share * (w - centre)
+    return torch.where(share == 1, w, centre + share * (w - centre))

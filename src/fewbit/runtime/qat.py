@@ -116,7 +116,7 @@ def prepare(
     trained = _trained(model, {t.name for t in targets}, also, tied)
     model.requires_grad_(False)
     for target in chosen:
-        _install(target, found[target.name], wanted, keep_codes=recipe == "scales", given=start is not None)
+        _install(target, found[target.name], wanted, keep_codes=recipe == "scales")
     for name in trained:
         _learn_float(model, name, floats)
     numbers = [p.numel() for p in model.parameters() if p.requires_grad]
@@ -203,11 +203,11 @@ def _starting(
         raise
 
 
-def _install(target: Target, q: QTensor, scheme: Scheme, keep_codes: bool, given: bool) -> None:
+def _install(target: Target, q: QTensor, scheme: Scheme, keep_codes: bool) -> None:
     """Parametrises one weight and, where the scheme rounds inputs, hooks the module."""
     fake = FakeQuantise(q, transposed=target.transposed, keep_codes=keep_codes).to(target.weight.device)
     param = getattr(target.module, target.attribute)
-    if given and not keep_codes:
+    if not keep_codes:  # solvers do not always choose the nearest codes
         rows_first = param.data.transpose(-1, -2) if target.transposed else param.data
         latent = inside_cells(q, rows_first)
         param.data = (latent.transpose(-1, -2) if target.transposed else latent).contiguous().to(param.dtype)
