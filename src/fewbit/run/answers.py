@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fewbit.plan.jobs import Job
     from fewbit.run.engine import Group, _Run
 
-MIN_EXPERT_TOKENS = 64  # below this an expert's statistics are topped up or replaced, and the report says so
+MIN_EXPERT_TOKENS = 128  # below this an expert's statistics are topped up or replaced, and the report says so
 Found = list[tuple["Group", Solved]]
 
 
@@ -37,6 +37,7 @@ class Answers:
     Attributes:
         by_tensor: stored tensor -> the groups that are made of it.
         grams: grams of the loss gradients of the present block's weights, by name.
+        topped: experts of the present stage that tokens were sent to by force -> tokens that came by themselves.
     """
 
     def __init__(self, groups: list[Group], run: _Run, device: torch.device) -> None:
@@ -49,6 +50,7 @@ class Answers:
                 for name in group.job.reads:
                     self.by_tensor.setdefault(name, []).append(group)
         self.grams: dict[str, torch.Tensor] = {}
+        self.topped: dict[int, int] = {}
         self._pieces: dict[str, dict[str, Solved]] = {}
 
     def solve(self, slot: Slot, stats: ByExpert) -> Found:
@@ -61,7 +63,7 @@ class Answers:
         """Answers by the weights alone."""
         for group in self.by_tensor[name]:
             found = SOLVERS["rtn"](self.matrix(name), None, group.job.scheme, seed=self.seed)
-            yield from self.assembled(group, name, replace(found, notes=(f"rounded to nearest: {why}",)))
+            yield from self.assembled(group, name, replace(found, notes=(f"fallback to rounding to nearest: {why}",)))
 
     def matrix(self, name: str) -> torch.Tensor:
         """A stored weight as solvers want it, [..., out, in]: transforms that move whole rows come after solving."""
@@ -91,7 +93,7 @@ class Answers:
 
     def _answer(self, job: Job, slot: Slot, weight: torch.Tensor, stats: ByExpert) -> Solved:
         if weight.dim() == 3 and slot.expert is None and set(stats) != {None}:
-            parts = [self._one(job, weight[e], stats.get(e), f"expert {e}") for e in range(weight.shape[0])]
+            parts = [self._one(job, weight[e], stats.get(e), e) for e in range(weight.shape[0])]
             assert job.scheme is not None
             seen = [one.absmax.max() for one in stats.values() if one.absmax is not None]
             largest = Stats(absmax=torch.stack(seen)) if seen else None
@@ -101,29 +103,32 @@ class Answers:
             return Solved(
                 q, sum(part.loss for part in parts), tuple(dict.fromkeys(n for part in parts for n in part.notes))
             )
-        label = "" if slot.expert is None else f"expert {slot.expert}"
-        return self._one(job, weight, stats.get(slot.expert), label)
+        return self._one(job, weight, stats.get(slot.expert), slot.expert)
 
-    def _one(self, job: Job, weight: torch.Tensor, stats: Stats | None, label: str) -> Solved:
+    def _one(self, job: Job, weight: torch.Tensor, stats: Stats | None, expert: int | None) -> Solved:
         """One matrix, with the recipe's solver, or by its weights alone when too few tokens reached it."""
         count = stats.count if stats is not None else 0
         solver = SOLVERS[job.solver]
-        where = f"{label}: " if label else ""
+        where = "" if expert is None else f"expert {expert}: "
         try:
-            if count < (MIN_EXPERT_TOKENS if label else 1):
+            if count < (1 if expert is None else MIN_EXPERT_TOKENS):
                 fallback = SOLVERS["rtn"](weight, None, job.scheme, seed=self.seed)
                 return replace(fallback, notes=(f"{where}fallback to rtn, only {count} calibration tokens reached it",))
             missing = [need for need in solver.needs if getattr(stats, need, None) is None]
             if missing == ["cross_gram"] and stats is not None:
                 stats = replace(stats, cross_gram=stats.gram)  # no second stream here: no drift to correct
-            if stats is not None and job.name in self.grams and not label:
+            if stats is not None and job.name in self.grams and expert is None:
                 stats = replace(stats, out_gram=self.grams[job.name].to(weight.device))
             found = solver(weight, stats, job.scheme, seed=self.seed, options=self.run.options_for(job))
         except FewbitError as error:
             if error.tensor is None:
                 error.tensor = job.name
             raise
-        counted = (f"{where}{count} calibration tokens",) if label else ()
+        counted: tuple[str, ...] = ()
+        if expert in self.topped:
+            counted = (f"{where}{self.topped[expert]} calibration tokens, topped up to {count} by tokens sent to it",)
+        elif expert is not None:
+            counted = (f"{where}{count} calibration tokens",)
         return replace(found, q=with_inputs(found.q, job.scheme, stats), notes=(*counted, *found.notes))
 
 

@@ -26,18 +26,17 @@ import torch
 from fewbit.math.stats import Stats
 from fewbit.plan.calibrated import SPILL_SHARE
 from fewbit.run.acts import ActStore
-from fewbit.run.answers import Answers
+from fewbit.run.answers import MIN_EXPERT_TOKENS, Answers
 from fewbit.run.fisher import fisher_pass, load_grams
 from fewbit.run.hf import Params, Slot
 from fewbit.run.observe import Observer, StopForward, Use
-from fewbit.run.stages import Block, ByExpert, Stage, collect, find_stages
+from fewbit.run.passes import KEPT_SHARE, Stream, collect, kept_bytes, survey
+from fewbit.run.stages import Block, ByExpert, Stage, find_stages, top_up
 from fewbit.run.start import batch_size, block_model, fill, text_for
 from fewbit.solve.table import Solved
 
 if TYPE_CHECKING:
     from fewbit.run.engine import Group, _Run
-
-FISHER_SAMPLES = 64  # sequences of the backward pass
 
 
 class Calibrated:
@@ -59,36 +58,44 @@ class Calibrated:
 
     def __iter__(self) -> Iterator[tuple[Group, Solved]]:
         with contextlib.ExitStack() as stack, torch.no_grad():
-            trunk = self.model.load_trunk(self.run.source.read)
-            self._weigh_by_loss(trunk)
-            arguments, quantised, floats = self._enter(trunk, stack)
+            arguments, quantised, floats = self._enter(stack)
             for index in range(self._resume(quantised, floats), len(self.model)):
                 block = Block(self.model, index, arguments[index], self.batch)
                 yield from self._block(block, quantised, floats)
                 self._checkpoint(index, quantised, floats)
-            yield from self._outside(trunk, quantised)
+            yield from self._outside(quantised)
 
-    def _enter(
-        self, trunk: Params, stack: contextlib.ExitStack
-    ) -> tuple[list[dict[str, Any]], ActStore, ActStore | None]:
+    def _enter(self, stack: contextlib.ExitStack) -> tuple[list[dict[str, Any]], ActStore, ActStore | None]:
         """Hidden states before block 0 for all sequences, and the blocks' arguments (equal for all batches of one size)."""
+        trunk = self.model.load_trunk(self.run.source.read)  # gone when this returns: it may outweigh a block
+        self._weigh_by_loss(trunk)
         entry = self.model.enter(trunk, self.tokens[: self.batch])
-        shape = (*self.tokens.shape, entry.hidden.shape[-1])
-        streams = ("quantised", "float") if "cross_gram" in self.needs else ("quantised",)
-        nbytes = torch.Size(shape).numel() * self.model.dtype.itemsize * len(streams)
+        sequences = {"quantised": self.tokens.shape[0]}
+        if "cross_gram" in self.needs:
+            sequences["float"] = self._samples("drift_samples")
+        shape = (self.tokens.shape[1], entry.hidden.shape[-1])
+        nbytes = sum(sequences.values()) * torch.Size(shape).numel() * self.model.dtype.itemsize
         spill = nbytes > SPILL_SHARE * self.run.settings.ram
         stores = []
-        for name in streams:
+        for name, count in sequences.items():
             path = self.scratch / f"acts-{name}.live" if spill else None
-            stores.append(ActStore(shape, self.model.dtype, self.batch, path))
+            stores.append(ActStore((count, *shape), self.model.dtype, self.batch, path))
             stack.callback(stores[-1].close)
         fill(self.model, trunk, self.tokens, stores)
         return entry.kwargs, stores[0], stores[1] if len(stores) == 2 else None
 
+    def _options(self) -> list[dict[str, Any]]:
+        """The solver options of every weight that is solved here."""
+        return [self.run.options_all(group.job) for made in self.answers.by_tensor.values() for group in made]
+
+    def _samples(self, option: str) -> int:
+        """How many sequences a part of the statistics is taken from: the most that a solver asks for, all where one does not say."""
+        every = self.tokens.shape[0]
+        return min(every, max((options.get(option, every) for options in self._options()), default=every))
+
     def _weigh_by_loss(self, trunk: Params) -> None:
         """Runs the backward pass once, where a solver uses it; its grams stay in the scratch folder."""
-        groups = (group for made in self.answers.by_tensor.values() for group in made)
-        if not any(self.run.options_all(group.job).get("loss_weighting") for group in groups):
+        if not any(options.get("loss_weighting") for options in self._options()):
             return
         if (self.scratch / "fisher-done").exists():
             return
@@ -100,7 +107,7 @@ class Calibrated:
             }
             for index in range(len(self.model))
         ]
-        tokens = self.tokens[:FISHER_SAMPLES]
+        tokens = self.tokens[: self._samples("loss_samples")]
         width = max(info.shape[-1] for info in self.run.source.manifest.values() if info.shape)
         nbytes = tokens.numel() * width * self.model.dtype.itemsize * (len(self.model) + 2)
 
@@ -141,10 +148,11 @@ class Calibrated:
         slots = self._slots(block.index)
         self.answers.grams = load_grams(self.scratch, block.index)
         solved: set[str] = set()
-        for stage in find_stages(block, params, slots, quantised.get(0)[:1]):
-            stats = collect(
-                block, stage, params, quantised, originals, floats, self.needs, self.run._check_stop
-            )  # fmt: skip
+        stages = find_stages(block, params, slots, quantised.get(0)[:1])
+        first, second = self._streams(block, stages, params, originals, quantised, floats)
+        for number, stage in enumerate(stages):
+            stats = collect(first, second, number, self.needs, self.run._check_stop)
+            self._top_up(block, stage, params, quantised, stats)
             for slot, found in self._solve(stage, slots, stats):
                 self.answers.put_back(params, self.model.local(block.index, slot), slot, found[0][1].q)
                 solved.add(slot.name)
@@ -152,9 +160,43 @@ class Calibrated:
                     yield from self.answers.assembled(group, slot.name, piece)
         for slot in (slot for held in slots.values() for slot in held if slot.name not in solved):
             yield from self.answers.without_stats(slot.name, "no matrix product of the calibration pass used it")
-        block.advance(params, quantised)
-        if floats is not None and originals is not None:
-            block.advance(originals, floats)
+        first.finish()
+        if second is not None:
+            second.finish()
+
+    def _streams(
+        self,
+        block: Block,
+        stages: list[Stage],
+        params: Params,
+        originals: Params | None,
+        quantised: ActStore,
+        floats: ActStore | None,
+    ) -> tuple[Stream, Stream | None]:
+        """The quantised and the float stream through a block."""
+        kept = survey(block, params, stages, quantised.get(0)[:1]) if stages else None
+        tokens = self.tokens.shape[1] * (quantised.shape[0] + (floats.shape[0] if floats is not None else 0))
+        spill = (
+            kept is not None and kept_bytes(kept, tokens, quantised.dtype.itemsize) > KEPT_SHARE * self.run.settings.ram
+        )
+        files = {name: self.scratch / f"kept-{name}" if spill else None for name in ("quantised", "float")}
+        first = Stream(block, params, quantised, stages, kept, files["quantised"])
+        if floats is None or originals is None:
+            return first, None
+        return first, Stream(block, originals, floats, stages, kept, files["float"])
+
+    def _top_up(self, block: Block, stage: Stage, params: Params, quantised: ActStore, stats: ByExpert) -> None:
+        """Sends tokens to the experts of a stage that too few reached."""
+        routers = [
+            self.model.local(block.index, slot)
+            for slot in self.model.block_slots(block.index)
+            if self.answers.known[slot.name].role == "router" and params[self.model.local(block.index, slot)].dim() == 2
+        ]
+        weight = params[stage.params[0]]
+        self.answers.topped = {}
+        if stage.experts and routers and weight.dim() == 3:
+            words = (routers, weight.shape[0], MIN_EXPERT_TOKENS, self.needs)
+            self.answers.topped = top_up(block, stage, params, quantised, stats, *words)
 
     def _slots(self, index: int) -> dict[str, list[Slot]]:
         """Local parameter name -> the stored tensors in it that are to be solved."""
@@ -175,10 +217,12 @@ class Calibrated:
 
     # ---- outside the blocks
 
-    def _outside(self, trunk: Params, quantised: ActStore) -> Iterator[tuple[Group, Solved]]:
+    def _outside(self, quantised: ActStore) -> Iterator[tuple[Group, Solved]]:
         """Tensors outside the blocks (a head that shall be quantised): statistics from the model's own last steps."""
         inside = {slot.name for index in range(len(self.model)) for slot in self.model.block_slots(index)}
-        for name in [name for name in self.answers.by_tensor if name not in inside]:
+        outside = [name for name in self.answers.by_tensor if name not in inside]
+        trunk = self.model.load_trunk(self.run.source.read) if outside else {}
+        for name in outside:
             slot = self.model.slots.get(name)
             stats = self._last_inputs(trunk, slot, quantised) if slot is not None else {}
             if slot is None or not stats:

@@ -51,14 +51,14 @@ class Observer(TorchFunctionMode):
     Args:
         tracked: name -> weight tensor, as the forward pass will use it.
         on_use: called with each `Use` before the product; may return a tensor that takes the input's place.
-        on_output: called with each `Use` and the product, [..., out].
+        on_output: called with each `Use` and the product, [..., out]; may return a tensor that takes the product's place.
     """
 
     def __init__(
         self,
         tracked: Mapping[str, torch.Tensor],
         on_use: Callable[[Use], torch.Tensor | None] | None = None,
-        on_output: Callable[[Use, torch.Tensor], None] | None = None,
+        on_output: Callable[[Use, torch.Tensor], torch.Tensor | None] | None = None,
     ) -> None:
         super().__init__()
         self._by_storage = {weight.untyped_storage().data_ptr(): (name, weight) for name, weight in tracked.items()}
@@ -74,10 +74,13 @@ class Observer(TorchFunctionMode):
         replaced = self._on_use(use) if self._on_use else None
         if replaced is not None:
             args = (*args[:position], replaced, *args[position + 1 :])
-        result = func(*args, **(kwargs or {}))
-        if self._on_output:
-            self._on_output(use, result)
-        return result
+        result = self.product(use, lambda: func(*args, **(kwargs or {})))
+        changed = self._on_output(use, result) if self._on_output else None
+        return result if changed is None else changed
+
+    def product(self, use: Use, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The product; subclasses may know it already."""
+        return compute()
 
     def _find(self, weight: Any) -> tuple[str, int | None] | None:
         if not isinstance(weight, torch.Tensor):

@@ -7,7 +7,7 @@ stack are a stage of their own, each with the tokens that the router gave it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from fewbit.math.stats import Stats
 from fewbit.run.acts import ActStore
 from fewbit.run.hf import BlockModel, Params
 from fewbit.run.observe import Observer, StopForward, Use
+
+ROUNDS = 8  # passes that send tokens to starved experts, at most
 
 ByExpert = dict[int | None, Stats]
 """Statistics of a stage's inputs; per expert for stacks, else under None."""
@@ -48,11 +50,6 @@ class Block:
         arguments = self.model.arguments(self.kwargs, self.recorded, hidden.shape[0])
         return self.model.run_block(self.index, params, hidden.to(self.model.device), arguments)
 
-    def advance(self, params: Params, store: ActStore) -> None:
-        """Takes all hidden states of a store through the block, in place."""
-        for batch in range(len(store)):
-            store.put(batch, self.run(params, store.get(batch)))
-
 
 def find_stages(block: Block, params: Params, names: Iterable[str], hidden: torch.Tensor) -> list[Stage]:
     """The stages of the named parameters, from one pass over one sequence [1, length, width]."""
@@ -75,45 +72,73 @@ def find_stages(block: Block, params: Params, names: Iterable[str], hidden: torc
     return stages
 
 
-def collect(
+def top_up(
     block: Block,
     stage: Stage,
     params: Params,
     quantised: ActStore,
-    originals: Params | None,
-    floats: ActStore | None,
+    stats: ByExpert,
+    routers: Iterable[str],
+    experts: int,
+    floor: int,
     needs: frozenset[str],
-    check_stop: Callable[[], None],
-) -> ByExpert:
-    """Statistics of a stage's inputs over all sequences.
+) -> dict[int, int]:
+    """Gives experts that fewer than `floor` tokens reached the statistics of tokens sent to them by force, counted as what is missing.
 
     Args:
-        params, quantised: weights and hidden states of the quantised model so far.
-        originals, floats: those of the float model, or None where no solver asks for `cross_gram`.
+        stats: of the stage, changed in place. routers: local names of the block's router weights. experts: how many there are.
+
+    Returns:
+        expert -> tokens that came by themselves, for those that were topped up. An architecture whose routers are no plain products, or do not
+        let themselves be swayed, gets nothing.
     """
-    stats: ByExpert = {}
-    paired = floats is not None and not stage.experts  # experts see other tokens in the two streams
-    needs = needs if paired else needs - {"cross_gram"}
-    for batch in range(len(quantised)):
-        check_stop()
-        other: dict[int | None, torch.Tensor] = {}
-        if paired and floats is not None and originals is not None:
-            other = inputs(block, stage, originals, floats.get(batch))
-        for expert, x in inputs(block, stage, params, quantised.get(batch)).items():
-            stats[expert] = stats.get(expert, Stats()).add(x, other.get(expert), needs=needs)
-    return stats
+    reached = {expert: stats[expert].count if expert in stats else 0 for expert in range(experts)}
+    missing = {expert: floor - count for expert, count in reached.items() if count < floor}
+    sent: dict[int, Stats] = {}
+    used: set[tuple[int, int]] = set()
+    for turn in range(ROUNDS):
+        starved = [expert for expert, count in missing.items() if expert not in sent or sent[expert].count < count]
+        if not starved:
+            break
+        batch = turn % len(quantised)
+        found = inputs(block, stage, params, quantised.get(batch), tuple(routers), starved)
+        for expert in starved:
+            if expert in found and found[expert].shape[0] and (expert, batch) not in used:
+                used.add((expert, batch))
+                sent[expert] = sent.get(expert, Stats()).add(found[expert], needs=needs - {"cross_gram"})
+    for expert, forced in sent.items():
+        count = min(forced.count, missing[expert])
+        stats[expert] = stats.get(expert, Stats()).merge(forced.scaled(count / forced.count, count))
+    return {expert: reached[expert] for expert in sent}
 
 
-def inputs(block: Block, stage: Stage, params: Params, hidden: torch.Tensor) -> dict[int | None, torch.Tensor]:
-    """What the stage's weights are multiplied with for one batch."""
+def inputs(
+    block: Block,
+    stage: Stage,
+    params: Params,
+    hidden: torch.Tensor,
+    routers: tuple[str, ...] = (),
+    forced: Sequence[int] = (),
+) -> dict[int | None, torch.Tensor]:
+    """What the stage's weights are multiplied with for one batch; with `routers`, when they favour the experts `forced`."""
     found: dict[int | None, torch.Tensor] = {}
 
     def take(use: Use) -> None:
+        if use.param != stage.params[0]:
+            return
         if use.expert not in found:
             found[use.expert] = use.x
         if not stage.experts:
             raise StopForward
 
-    with contextlib.suppress(StopForward), Observer({stage.params[0]: params[stage.params[0]]}, take):
+    def sway(use: Use, product: torch.Tensor) -> torch.Tensor | None:
+        if use.param not in routers:
+            return None
+        product = product.clone()
+        product[..., list(forced)] += 2 * (product.amax() - product.amin()) + 10
+        return product
+
+    watched = {name: params[name] for name in (stage.params[0], *routers)}
+    with contextlib.suppress(StopForward), Observer(watched, take, sway if routers else None):
         block.run(params, hidden)
     return found
