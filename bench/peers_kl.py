@@ -2,7 +2,7 @@
 
     FEWBIT_ENVS=… python bench/peers_kl.py --bits 4 3 2 --peers llmcompressor-rtn llmcompressor-gptq autoround --ours rtn:absmax rtn hqq gptq
 
-Peers run in environments of their own (dev/envs.py). Scheme: int<bits>, groups of 128, asymmetric, all linears of all blocks. JSON on stdout.
+Peers run in environments of their own (dev/envs.py); with `--keep`, what they made is kept in the folder and not made again. Scheme: int<bits>, groups of 128, asymmetric, all linears of all blocks. JSON on stdout.
 `--ours METHOD[:SEARCH][,option=value…]`.
 """
 
@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,16 @@ def peer(name: str, bits: int, out: Path, tokens: Path, iters: int) -> dict[str,
     }
 
 
+def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` returned in an earlier run, or returns now."""
+    if path.exists():
+        found = json.loads(path.read_text())
+        return {**found, "out": Path(found["out"])}
+    found = make()
+    path.write_text(json.dumps({**found, "out": str(found["out"])}))
+    return found
+
+
 def ours(spec: str, bits: int, out: Path) -> dict[str, Any]:
     """Runs the command line in a process of its own."""
     head, *options = spec.split(",")
@@ -79,22 +91,23 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=12288)
     parser.add_argument("--iters", type=int, default=200)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/fewbit-peers"))
+    parser.add_argument("--keep", action="store_true", help="keep what peers made in the folder, and use what is there")
     given = parser.parse_args()
-    shutil.rmtree(given.folder, ignore_errors=True)
-    given.folder.mkdir(parents=True)
+    if not given.keep:
+        shutil.rmtree(given.folder, ignore_errors=True)
+    given.folder.mkdir(parents=True, exist_ok=True)
     ids = calibration("default", SAMPLE, 128, 512, 0, 8192).tokens
     np.save(given.folder / "calibration.npy", ids.numpy())
     rows = []
     for bits in given.bits:
         made = {}
         for name in given.peers:
-            made[name] = peer(
-                name, bits, given.folder / f"{name}-{bits}", given.folder / "calibration.npy", given.iters
-            )
+            out, tokens = given.folder / f"{name}-{bits}", given.folder / "calibration.npy"
+            made[name] = kept(out.with_suffix(".json"), partial(peer, name, bits, out, tokens, given.iters))
         for spec in given.ours:
-            made[f"fewbit {spec}"] = ours(
-                spec, bits, given.folder / f"fewbit-{spec.replace(':', '-').replace(',', '-').replace('=', '-')}-{bits}"
-            )
+            out = given.folder / f"fewbit-{spec.replace(':', '-').replace(',', '-').replace('=', '-')}-{bits}"
+            shutil.rmtree(out, ignore_errors=True)
+            made[f"fewbit {spec}"] = ours(spec, bits, out)
         scores = api.evaluate([item["out"] for item in made.values()], SAMPLE, text=str(TEXT), tokens=given.tokens)
         for (name, item), score in zip(made.items(), scores, strict=True):
             kl, error = score.measures["kl"][:2]

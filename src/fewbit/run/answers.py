@@ -55,6 +55,8 @@ class Answers:
 
     def solve(self, slot: Slot, stats: ByExpert) -> Found:
         """All answers for one stored tensor: one per scheme that the outputs ask for. The first is the one that is propagated."""
+        for sink in self.run.sinks:
+            sink.saw(slot.name, stats if slot.expert is None else {None: stats.get(slot.expert, Stats())})
         return [
             (group, self._answer(group.job, slot, self.matrix(slot.name), stats)) for group in self.by_tensor[slot.name]
         ]

@@ -126,11 +126,19 @@ def _top(
         start, stop = last.span(number)
         hidden = last.get(number).to(model.device).clone().requires_grad_(True)
         with torch.enable_grad():
-            logits = model.leave(trunk, tokens[start:stop], hidden).float().flatten(0, 1)
-            labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(model.device)
-            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-        gradient.put(number, torch.autograd.grad(loss, hidden)[0])
+            logits = model.leave(trunk, tokens[start:stop], hidden)
+        slope = logits.detach().float().softmax(-1)  # of the cross entropy: probabilities less one at the label
+        labels = _drawn(slope.flatten(0, -2), generator)
+        slope.flatten(0, -2).scatter_add_(1, labels, torch.full_like(labels, -1, dtype=slope.dtype))
+        gradient.put(number, torch.autograd.grad(logits, hidden, slope.to(logits.dtype))[0])
     return gradient
+
+
+def _drawn(chances: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One index per row with these chances, int64 [rows, 1], by the inverse of the distribution function."""
+    rising = chances.cumsum(-1)
+    place = torch.rand(chances.shape[0], 1, generator=generator).to(chances.device) * rising[:, -1:]
+    return torch.searchsorted(rising, place, right=True).clamp_(max=chances.shape[-1] - 1)
 
 
 def _backward(

@@ -63,9 +63,10 @@ def batch_size(tokens: torch.Tensor) -> int:
 
 
 def fill(model: BlockModel, trunk: Params, tokens: torch.Tensor, stores: list[ActStore]) -> None:
-    """Puts the hidden states before block 0 of all sequences into the stores."""
+    """Puts the hidden states before block 0 into the stores; those after the first may hold the first sequences only."""
     for index in range(len(stores[0])):
         start, stop = stores[0].span(index)
         hidden = model.enter(trunk, tokens[start:stop]).hidden
         for store in stores:
-            store.put(index, hidden)
+            if index < len(store):
+                store.put(index, hidden)

@@ -1,0 +1,331 @@
+"""One stream of hidden states through one block, stage by stage, each matrix product computed once.
+
+A block is solved stage by stage (q k v, then o, then gate up, then down), and each stage wants its inputs as the stages before it, already
+quantised, make them. Running the block from its start for every stage computes the first products five times. Here what a
+stage took in or gave out is kept, and later passes answer its products from memory:
+
+    pass for stage k     products of stages before k - 1: their kept outputs, or nothing at all (a tensor of NaN) where nobody looks
+                         products of stage k - 1: computed now that its weights are settled, on the inputs kept in its own pass
+                         products of stage k: seen, and the pass stops
+
+Which outputs nobody looks at (those of q, k and v once the inputs of o are kept) is not read off names but tried: `survey` runs one sequence
+with NaN in their place and compares. What does not pass is kept; a block with experts is run from its start each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewbit.math.stats import Stats
+from fewbit.run.acts import ActStore
+from fewbit.run.hf import Params
+from fewbit.run.observe import Observer, StopForward, Use
+from fewbit.run.stages import Block, ByExpert, Stage
+
+KEPT_SHARE = 0.1  # share of the memory budget that may be kept; more goes to disk
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+"""A block with its parameters and arguments, on hidden states [sequences, length, width]."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What later passes need of one stage.
+
+    Attributes:
+        outputs: whether products that are done must be answered truly; if not, with NaN.
+        inputs: whether its inputs must be kept from its own pass to the next, because earlier products are NaN by then.
+        width: channels of its inputs; widths: of its products, by parameter.
+    """
+
+    outputs: bool
+    inputs: bool
+    width: int
+    widths: dict[str, int]
+
+
+def survey(block: Block, params: Params, stages: list[Stage], hidden: torch.Tensor) -> list[Kept] | None:
+    """What to keep of each stage, tried on hidden states [1, length, width]; None when the block must be run from its start every time."""
+    if any(stage.experts for stage in stages):
+        return None
+    stage_of = {name: k for k, stage in enumerate(stages) for name in stage.params}
+    tracked = {name: params[name] for name in stage_of}
+    run: Run = partial(block.run, params)
+    inputs: dict[str, torch.Tensor] = {}
+    products: dict[str, torch.Tensor] = {}
+
+    def note(use: Use, product: torch.Tensor) -> None:
+        if use.expert is not None or use.param in products:
+            inputs[""] = use.x  # used twice, or by slices: not a plain chain of products
+        inputs[use.param], products[use.param] = use.x, product
+
+    with Observer(tracked, on_output=note):
+        true = run(hidden)
+    if "" in inputs or any(x.numel() // x.shape[-1] != hidden.shape[1] for x in inputs.values()):
+        return None
+    found: list[Kept] = []
+    for k, stage in enumerate(stages):
+        names = stage.params
+        last = k + 1 == len(stages)
+        looked_at = last or not _same(run, tracked, stage_of, found, k, inputs, products, hidden, true)
+        poisoned = _poisoned(run, tracked, stage_of, found, k, products, hidden)
+        widths = {name: products[name].shape[-1] for name in names}
+        found.append(Kept(looked_at, poisoned, inputs[names[0]].shape[-1], widths))
+    return found
+
+
+def _nan(like: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+    """NaN in place of a tensor: one number, expanded."""
+    shape = tuple(like.shape) if shape is None else shape
+    return torch.full((1,) * len(shape), torch.nan, dtype=like.dtype, device=like.device).expand(shape)
+
+
+def _same(
+    run: Run,
+    tracked: Params,
+    stage_of: dict[str, int],
+    found: list[Kept],
+    k: int,
+    inputs: dict[str, torch.Tensor],
+    products: dict[str, torch.Tensor],
+    hidden: torch.Tensor,
+    true: torch.Tensor,
+) -> bool:
+    """Whether the block's output is the same when the products of stage k are NaN and the inputs of the next stage are given."""
+
+    def answer(use: Use) -> torch.Tensor | None:
+        stage = stage_of[use.param]
+        if stage > k:
+            return None
+        return products[use.param] if stage < k and found[stage].outputs else _nan(products[use.param])
+
+    def feed(use: Use) -> torch.Tensor | None:
+        return inputs[use.param] if stage_of[use.param] == k + 1 else None
+
+    try:
+        with _Skipping(tracked, feed, None, answer):
+            out = run(hidden)
+    except (RuntimeError, ValueError, IndexError):  # NaN where the block wants to index, say
+        return False
+    return torch.equal(out, true)
+
+
+def _poisoned(
+    run: Run,
+    tracked: Params,
+    stage_of: dict[str, int],
+    found: list[Kept],
+    k: int,
+    products: Params,
+    hidden: torch.Tensor,
+) -> bool:
+    """Whether the inputs of stage k are not what they should be, once all earlier products are answered from what is kept."""
+    if not any(not kept.outputs for kept in found):
+        return False
+    seen: list[torch.Tensor] = []
+
+    def answer(use: Use) -> torch.Tensor:
+        return products[use.param] if found[stage_of[use.param]].outputs else _nan(products[use.param])
+
+    def take(use: Use) -> None:
+        if stage_of[use.param] == k:
+            seen.append(use.x)
+            raise StopForward
+
+    try:
+        with contextlib.suppress(StopForward), _Skipping(tracked, take, None, answer):
+            run(hidden)
+    except (RuntimeError, ValueError, IndexError):
+        return True
+    return not seen or not bool(torch.isfinite(seen[0]).all())
+
+
+class _Skipping(Observer):
+    """An observer that may answer a product itself, and does not compute attention of which an operand is NaN."""
+
+    def __init__(
+        self,
+        tracked: Params,
+        on_use: Callable[[Use], torch.Tensor | None] | None,
+        on_output: Callable[[Use, torch.Tensor], None] | None,
+        answer: Callable[[Use], torch.Tensor | None],
+    ) -> None:
+        super().__init__(tracked, on_use, on_output)
+        self._answer = answer
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            named = {**dict(zip(("query", "key", "value"), args, strict=False)), **(kwargs or {})}
+            query, value = named["query"], named["value"]
+            if _is_nan(query) and _is_nan(value):
+                return _nan(query, (*query.shape[:-1], value.shape[-1]))
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def product(self, use: Use, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        found = self._answer(use)
+        return compute() if found is None else found
+
+
+def _is_nan(x: torch.Tensor) -> bool:
+    """Whether a tensor is one of the NaN that stand for nothing: judged by two entries."""
+    return bool(torch.isnan(x[(0,) * x.dim()])) and bool(torch.isnan(x[(-1,) * x.dim()]))
+
+
+class Stream:
+    """One stream through one block, called for stage 0, 1, … over all batches, then `finish`.
+
+    Args:
+        block: the block; params: its parameters, by local name, read anew at every pass.
+        hidden: its inputs, replaced by its outputs as batches are finished.
+        stages: the stages; kept: what `survey` found, or None.
+        files: path of the files of what is kept, to which names are appended, or None to keep it in memory.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        params: Params,
+        hidden: ActStore,
+        stages: list[Stage],
+        kept: list[Kept] | None,
+        files: Path | None = None,
+    ) -> None:
+        self.block, self.params, self.hidden, self.stages, self.kept, self.files = (
+            block,
+            params,
+            hidden,
+            stages,
+            kept,
+            files,
+        )
+        self.stage_of = {param: k for k, stage in enumerate(stages) for param in stage.params}
+        self.done = 0  # batches that were run to the end
+        self.stores: dict[tuple[int, str], ActStore] = {}
+        """(stage, "" for its inputs or the parameter whose products they are)"""
+
+    def inputs(self, stage: int, batch: int, finish: bool = False) -> dict[int | None, torch.Tensor]:
+        """What the weights of a stage are multiplied with for one batch, per expert; with `finish` the batch is also run to its end."""
+        found: dict[int | None, torch.Tensor] = {}
+        first, experts = self.stages[stage].params[0], self.stages[stage].experts
+        finish = finish and self.kept is not None  # else `finish` is a pass of its own
+
+        def take(use: Use) -> torch.Tensor | None:
+            if self.kept is not None and self.stage_of[use.param] == stage - 1:
+                return self._fed(stage - 1, batch, use)
+            if use.param == first and use.expert not in found:
+                found[use.expert] = use.x
+                if not experts and not finish:
+                    raise StopForward
+            return None
+
+        with contextlib.suppress(StopForward):
+            out = self._pass(stage, batch, take)
+            if finish:
+                self._put(batch, out)
+        if self.kept is not None and self.kept[stage].inputs and not finish:
+            self._keep(stage, "", batch, found[None])
+        return found
+
+    def finish(self) -> None:
+        """Runs what is left to the end of the block; outputs take the place of the inputs."""
+        last = len(self.stages)
+
+        def feed(use: Use) -> torch.Tensor | None:
+            return self._fed(last - 1, batch, use) if self.kept and self.stage_of[use.param] == last - 1 else None
+
+        for batch in range(self.done, len(self.hidden)):
+            self._put(batch, self._pass(last, batch, feed))
+        self.close()
+
+    def close(self) -> None:
+        """Frees what was kept."""
+        for store in self.stores.values():
+            store.close()
+        self.stores.clear()
+
+    def _put(self, batch: int, out: torch.Tensor) -> None:
+        self.hidden.put(batch, out)
+        self.done = batch + 1
+
+    def _pass(self, stage: int, batch: int, on_use: Callable[[Use], torch.Tensor | None]) -> torch.Tensor:
+        """Run the block; products of stages before `stage - 1` are answered from what is kept."""
+        for key in [key for key in self.stores if not key[1] and key[0] < stage - 1]:
+            self.stores.pop(key).close()  # inputs that no pass from here on asks for
+        tracked = {param: self.params[param] for param in self.stage_of}
+        if self.kept is None:
+            with Observer(tracked, on_use):
+                return self.block.run(self.params, self.hidden.get(batch))
+
+        def answer(use: Use) -> torch.Tensor | None:
+            k, shape = self.stage_of[use.param], use.x.shape[:-1]
+            if k >= stage - 1:
+                return None
+            if not self.kept[k].outputs:
+                return _nan(use.x, (*shape, self.kept[k].widths[use.param]))
+            return self.stores[k, use.param].get(batch).to(use.x.device).reshape(*shape, -1)
+
+        def keep(use: Use, product: torch.Tensor) -> None:
+            k = self.stage_of[use.param]
+            if k == stage - 1 and self.kept[k].outputs and stage < len(self.stages):
+                self._keep(k, use.param, batch, product)
+
+        with _Skipping(tracked, on_use, keep, answer):
+            return self.block.run(self.params, self.hidden.get(batch))
+
+    def _fed(self, stage: int, batch: int, use: Use) -> torch.Tensor | None:
+        """The true inputs of a stage whose own pass is over; None when they come of themselves."""
+        if not self.kept[stage].inputs:
+            return None
+        return self.stores[stage, ""].get(batch).to(use.x.device).reshape(use.x.shape)
+
+    def _keep(self, stage: int, param: str, batch: int, value: torch.Tensor) -> None:
+        start, stop = self.hidden.span(batch)
+        if (stage, param) not in self.stores:
+            shape = (*self.hidden.shape[:2], value.shape[-1])
+            path = None if self.files is None else self.files.with_name(f"{self.files.name}-{stage}-{param}.live")
+            self.stores[stage, param] = ActStore(shape, self.hidden.dtype, self.hidden.batch, path)
+        self.stores[stage, param].put(batch, value.reshape(stop - start, self.hidden.shape[1], -1))
+
+
+def collect(
+    quantised: Stream, floats: Stream | None, stage: int, needs: frozenset[str], check_stop: Callable[[], None]
+) -> ByExpert:
+    """Statistics of a stage's inputs over all sequences.
+
+    Args:
+        quantised, floats: the two streams; the second may hold the first sequences only, or be None where no solver asks for `cross_gram`.
+    """
+    stats: ByExpert = {}
+    paired = floats is not None and not quantised.stages[stage].experts  # experts see other tokens in the two streams
+    moved, tokens, last = None, 0, stage + 1 == len(quantised.stages)
+    for batch in range(len(quantised.hidden)):
+        check_stop()
+        other: dict[int | None, torch.Tensor] = {}
+        if paired and batch < len(floats.hidden):
+            other = floats.inputs(stage, batch, finish=last)
+        for expert, x in quantised.inputs(stage, batch).items():
+            stats[expert] = stats.get(expert, Stats()).take(x, needs=needs - {"cross_gram"})
+            if expert in other:  # the difference of the streams, summed as such: it is small beside either
+                true = other[expert].reshape(-1, x.shape[-1]).float()
+                flat = x.reshape(-1, x.shape[-1])[: true.shape[0]].float()
+                missing = true - flat
+                moved = missing.T @ flat if moved is None else moved.addmm_(missing.T, flat)
+                tokens += flat.shape[0]
+    if moved is not None and "cross_gram" in needs:
+        found = stats[None]
+        stats[None] = replace(found, cross_gram=moved.mul_(found.count / tokens).add_(found.gram))
+    return stats
+
+
+def kept_bytes(kept: list[Kept], tokens: int, itemsize: int) -> int:
+    """Most bytes that one stream keeps at a time, at least as much as it does."""
+    inputs = [k.width for k in kept if k.inputs]
+    outputs = sum(sum(k.widths.values()) for k in kept[:-1] if k.outputs)
+    return tokens * itemsize * (max(inputs, default=0) + outputs)

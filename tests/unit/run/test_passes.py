@@ -1,0 +1,92 @@
+"""A stream that remembers products gives what running the block from its start gives, to the bit, in every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fewbit.run.acts import ActStore
+from fewbit.run.hf import BlockModel
+from fewbit.run.passes import Stream, collect, kept_bytes, survey
+from fewbit.run.source import open_source
+from fewbit.run.stages import Block, find_stages
+
+SMALL = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+MODELS = {
+    "llama": SMALL,
+    "gemma2": {**SMALL, "head_dim": 8, "sliding_window": 8},
+    "olmo2": SMALL,
+    "phi": {**SMALL, "num_key_value_heads": 4},
+    "gpt2": {"vocab_size": 99, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {**SMALL, "num_key_value_heads": None, "tie_word_embeddings": True},
+    "mixtral": {**SMALL, "num_local_experts": 3, "num_experts_per_tok": 2},
+}
+NEEDS = frozenset({"gram", "cross_gram", "absmax"})
+
+
+def block_of(model_type: str, folder: Path) -> tuple[Block, dict[str, torch.Tensor], torch.Tensor, list[str]]:
+    """A random block, its parameters, hidden states [5, 16, 32], and the names of its matrices."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{k: v for k, v in MODELS[model_type].items() if v is not None})
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    model.save_pretrained(folder)
+    folder.mkdir(exist_ok=True)
+    with open_source(folder) as source, torch.no_grad():
+        blocks = BlockModel(source.config, source.manifest)
+        entry = blocks.enter(blocks.load_trunk(source.read), torch.randint(0, 99, (2, 16)))
+        params = blocks.load_block(0, source.read)
+    params = {name: value + 0.1 * torch.randn_like(value) for name, value in params.items()}
+    matrices = [name for name, value in params.items() if value.dim() > 1]
+    return Block(blocks, 0, entry.kwargs[0], 2), params, torch.randn(5, 16, 32), matrices
+
+
+def walk(block, params, floats, hidden, stages, kept, files=None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """All statistics and both outputs of a walk that changes each stage's weights once they were seen."""
+    params, seen = {name: value.clone() for name, value in params.items()}, []
+    stores = []
+    for count in (5, 3):
+        stores.append(ActStore((count, 16, 32), torch.float32, 2))
+        for batch in range(len(stores[-1])):
+            stores[-1].put(batch, hidden[slice(*stores[-1].span(batch))])
+    first = Stream(block, params, stores[0], stages, kept, files)
+    second = Stream(block, floats, stores[1], stages, kept, files and files.with_name("other"))
+    for number, stage in enumerate(stages):
+        stats = collect(first, second, number, NEEDS, lambda: None)
+        for expert in sorted(stats, key=str):
+            found = stats[expert]
+            seen += [part for part in (found.gram, found.cross_gram, found.absmax) if part is not None]
+        for name in stage.params:
+            params[name].mul_(0.9)
+    first.finish()
+    second.finish()
+    return seen, [torch.cat([store.get(i) for i in range(len(store))]) for store in stores]
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_remembering_changes_nothing(model_type: str, tmp_path: Path) -> None:
+    block, params, hidden, matrices = block_of(model_type, tmp_path)
+    with torch.no_grad():
+        stages = find_stages(block, params, matrices, hidden[:1])
+        kept = survey(block, params, stages, hidden[:1])
+        assert (kept is None) == (model_type == "mixtral")
+        floats = {name: value + 0.01 * torch.randn_like(value) for name, value in params.items()}
+        plain = walk(block, params, floats, hidden, stages, None)
+        for files in (None, tmp_path / "kept"):
+            found = walk(block, params, floats, hidden, stages, kept, files)
+            for a, b in zip(plain, found, strict=True):
+                assert len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert not list(tmp_path.glob("*.live"))
+
+
+def test_attention_and_projections_are_not_repeated(tmp_path: Path) -> None:
+    block, params, hidden, matrices = block_of("llama", tmp_path)
+    with torch.no_grad():
+        stages = find_stages(block, params, matrices, hidden[:1])
+        kept = survey(block, params, stages, hidden[:1])
+    assert [stage.params[0].split(".")[1] for stage in stages] == ["q_proj", "o_proj", "gate_proj", "down_proj"]
+    assert [(k.outputs, k.inputs) for k in kept] == [(False, False), (True, True), (False, False), (True, True)]
+    assert kept_bytes(kept, 10, 4) == 10 * 4 * (48 + 32)
