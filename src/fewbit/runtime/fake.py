@@ -201,6 +201,9 @@ class FakeQuantise(nn.Module):
         if sides:
             raise InputError("FB-E0910", f"cannot train a weight that carries {', '.join(sides)}")
         self.scheme, self.shape, self.transposed = q.scheme.weights_only, tuple(q.shape), transposed
+        self.scope: dict[bool, torch.Tensor] | None = (
+            None  # values within one forward pass, where a module asks for them often
+        )
         self.register_buffer("codes", q.codes.clone() if keep_codes else None)
         self.register_buffer("held", None, persistent=False)
         counts = self.scheme.block_counts(self.shape)
@@ -225,7 +228,11 @@ class FakeQuantise(nn.Module):
         """w (any float dtype, the shape of q) -> w_hat of the same dtype."""
         if self.held is not None:
             return self.held
-        return self._turned(self.quantise(self._turned(w))[0])
+        if self.scope is None:
+            return self._turned(self.quantise(self._turned(w))[0])
+        if torch.is_grad_enabled() not in self.scope:
+            self.scope[torch.is_grad_enabled()] = self._turned(self.quantise(self._turned(w))[0])
+        return self.scope[torch.is_grad_enabled()]
 
     def quantise(self, w: torch.Tensor) -> tuple[torch.Tensor, QTensor]:
         """w [.., out, in] -> (w_hat with straight-through gradients, the same as a quantised tensor)."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -213,10 +214,19 @@ def _install(target: Target, q: QTensor, scheme: Scheme, keep_codes: bool) -> No
         param.data = (latent.transpose(-1, -2) if target.transposed else latent).contiguous().to(param.dtype)
     parametrize.register_parametrization(target.module, target.attribute, fake, unsafe=True)
     original(target.module, target.attribute).requires_grad_(not keep_codes)
+    if len(q.shape) == 3:  # stacked experts ask for the whole stack once per expert
+        target.module.register_forward_pre_hook(partial(_scope, target.attribute, True))
+        target.module.register_forward_hook(partial(_scope, target.attribute, False), always_call=True)
     if scheme.activation is not None:
         inputs = FakeInputs(scheme.activation, scheme.static).to(target.weight.device)
         target.module.add_module(INPUTS, inputs)
         target.module.register_forward_pre_hook(_round_inputs)
+
+
+def _scope(attribute: str, begins: bool, module: nn.Module, *_: Any) -> None:
+    """Begins or ends the forward pass within which a weight is rounded once."""
+    if parametrize.is_parametrized(module, attribute):
+        module.parametrizations[attribute][0].scope = {} if begins else None
 
 
 def _round_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,0 +1,156 @@
+"""How much of the loss of the best post-training result does training through the rounding recover, on the sample?
+
+    python bench/qat.py [--schemes int4-channel int2-g64-asym] [--steps 200] [--work DIR] > bench/results/qat.json
+
+For each scheme: the engine's GPTQ (whose codes training starts from), the recipe that trains scales and norms only, and the full one. Training text is the bundled
+calibration mix; KL is measured on WikiText-2 test, another domain, and on held-out text of the same kinds. `curve` has a point every few steps, on 4,096 tokens of
+WikiText-2; the final figures are of the exported compressed-tensors files, by `fewbit eval`. `transformers` is the largest difference between the logits of the exported file in transformers
+and those of the trained model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from fewbit import api
+from fewbit.eval.fidelity import evaluate
+from fewbit.eval.windows import windows
+from fewbit.run.calib import calibration
+from fewbit.run.source import open_source
+from fewbit.run.trained import export, start_from
+from fewbit.runtime.distil import Point, Schedule, train
+from fewbit.runtime.qat import freeze, parameter_groups, prepare, qtensors, trained_floats
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = ROOT / "samples" / "sample"
+TEXT = str(ROOT / "samples" / "text" / "wikitext2-test.txt")
+RATES = {"full": (5e-4, 3e-3), "scales": (0.0, 1e-2)}  # recipe -> learning rate of weights, of step sizes and norms
+
+
+def load(path: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def watcher(base: torch.nn.Module, tokens: torch.Tensor) -> Any:
+    """KL(base || model) on fixed windows; the base's distributions are computed once."""
+    with torch.no_grad():
+        wanted = [torch.log_softmax(base(batch).logits.flatten(0, 1), -1).half() for batch in tokens.split(2)]
+
+    def kl(model: torch.nn.Module) -> dict[str, float]:
+        total = 0.0
+        for batch, p in zip(tokens.split(2), wanted, strict=True):
+            q = torch.log_softmax(model(batch).logits.flatten(0, 1), -1)
+            p = p.float()
+            total += float((p.exp() * (p - q)).sum())
+        return {"kl": total / tokens.numel()}
+
+    return kl
+
+
+def scores(paths: list[Path], tokens: int) -> list[dict[str, Any]]:
+    """KL of checkpoints on both texts, with standard errors."""
+    rows: list[dict[str, Any]] = [{} for _ in paths]
+    for name, text in (("wikitext2", TEXT), ("heldout", "default")):
+        for row, score in zip(rows, evaluate(list(paths), BASE, text=text, tokens=tokens), strict=True):
+            row[name] = dict(zip(("kl", "error"), score.measures["kl"], strict=True))
+    return rows
+
+
+def in_transformers(path: Path, model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, float]:
+    """The exported file in its engine against the model in hand."""
+    loaded = load(path)
+    with torch.no_grad():
+        mine, theirs = model(tokens).logits, loaded(tokens).logits
+    return {"largest_difference": float((mine - theirs).abs().max()), "largest_logit": float(mine.abs().max())}
+
+
+def run(scheme: str, args: argparse.Namespace, data: dict[str, torch.Tensor]) -> dict[str, Any]:
+    started = time.perf_counter()
+    best = args.work / f"gptq-{scheme}"
+    if not best.exists():
+        api.quantize(BASE, to=f"compressed-tensors:{scheme}", method="gptq", out=best, verify=False)
+    row: dict[str, Any] = {"gptq": {"seconds": time.perf_counter() - started}}
+    with open_source(best) as source:
+        start = start_from(source)
+    teacher = load(BASE)
+    watch = watcher(teacher, data["eval"])
+    made = {"gptq": best}
+    for recipe, steps in (("scales", args.steps // 2), ("full", args.steps)):
+        model = load(BASE)
+        done = prepare(model, next(iter(start.values())).scheme, recipe=recipe, start=start, floats="bf16")
+        schedule = Schedule(steps=steps, batch=4, every=max(1, steps // 8), seed=0)
+        say = lambda point, tag=f"{scheme} {recipe}": print(tag, point.record(), file=sys.stderr, flush=True)  # noqa: E731
+        curve: list[Point] = train(
+            model,
+            data["train"],
+            schedule,
+            teacher=teacher,
+            groups=parameter_groups(model, *RATES[recipe]),
+            evaluate=watch,
+            on_point=say,
+        )
+        freeze(model)
+        with open_source(BASE) as source:
+            place = export(
+                qtensors(model),
+                trained_floats(model),
+                source,
+                "compressed-tensors",
+                args.work / f"{recipe}-{scheme}",
+                overwrite=True,
+            )
+        made[recipe] = place
+        row[recipe] = {
+            "steps": steps,
+            "tokens": steps * schedule.batch * data["train"].shape[1],
+            "learning": done.learning,
+            "seconds": curve[-1].seconds,
+            "rates": RATES[recipe],
+            "curve": [point.record() for point in curve],
+            "transformers": in_transformers(place, model, data["eval"][:1]),
+        }
+    for (name, _), score in zip(made.items(), scores(list(made.values()), args.tokens), strict=True):
+        row[name] |= score
+    for recipe in ("scales", "full"):
+        row[recipe]["recovered"] = {
+            text: 1 - row[recipe][text]["kl"] / row["gptq"][text]["kl"] for text in ("wikitext2", "heldout")
+        }
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--schemes", nargs="+", default=["int4-channel", "int2-g64-asym"])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=12_288)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/fewbit-qat"))
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    data = {
+        "train": calibration("default", BASE, 1024, 256, 0, 8192).tokens,
+        "eval": windows(TEXT, BASE, 512, 4096, 8192).tokens,
+    }
+    rows = {scheme: run(scheme, args, data) for scheme in args.schemes}
+    print(
+        json.dumps(
+            {
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                "train_windows": len(data["train"]),
+                "schemes": rows,
+            },
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

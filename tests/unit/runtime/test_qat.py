@@ -1,0 +1,325 @@
+"""prepare, train, freeze, convert: every number is the same from the fake-quantised model to the file in its engine."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fewbit.base.errors import FewbitError, InputError
+from fewbit.math.scales import quantize
+from fewbit.nn import QuantLinear
+from fewbit.num.scheme import parse_scheme
+from fewbit.run.source import open_source
+from fewbit.run.trained import export, start_from
+from fewbit.runtime.distil import Schedule, batches, fidelity, train
+from fewbit.runtime.fake import FakeQuantise
+from fewbit.runtime.qat import (
+    convert,
+    fakes,
+    freeze,
+    observe,
+    original,
+    parameter_groups,
+    prepare,
+    qtensors,
+    trained_floats,
+)
+
+LLAMA = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+MIXTRAL = {**LLAMA, "num_hidden_layers": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
+GPT2 = {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+KINDS = {"llama": LLAMA, "mixtral": MIXTRAL, "gpt2": GPT2}
+
+
+def make(kind: str = "llama", **more: object) -> nn.Module:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**KINDS[kind], **more})
+    return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def ids(rows: int = 4, length: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 128, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def step(model: nn.Module, tokens: torch.Tensor, count: int = 2) -> None:
+    train(model, tokens, Schedule(steps=count, batch=2, every=10), groups=parameter_groups(model, 1e-3, 1e-2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "word", "recipe"),
+    [
+        ("llama", "int4-channel-bf16", "full"),
+        ("llama", "int2-g32-asym", "scales"),
+        ("llama", "nf4-g64-dq", "full"),
+        ("llama", "nvfp4", "scales"),
+        ("llama", "uint4-g32-{uint6-g2-f16}-min{uint6-g2-f16}", "full"),
+        ("llama", "fp8-e4m3-block32", "full"),
+        ("llama", "int8-channel+int8-token", "full"),
+        ("llama", "int8-channel+int8-tensor-static", "full"),
+        ("mixtral", "int4-g32", "full"),
+        ("mixtral", "int3-g32-asym", "scales"),
+        ("gpt2", "int4-g32-asym", "full"),
+    ],
+)
+def test_logits_stay_the_same_bit_for_bit(kind: str, word: str, recipe: str) -> None:
+    model, tokens = make(kind), ids()
+    done = prepare(model, word, recipe=recipe, floats="bf16")
+    assert set(done.quantised.values()) == {str(parse_scheme(word))}
+    found = observe(model, [tokens])
+    assert found == (len(done.quantised) if "static" in word else 0)
+    before = {name: fake.qtensor(original(module, key)) for name, module, key, fake in fakes(model)}
+    step(model, tokens)
+    with torch.no_grad():
+        wanted = model(tokens).logits
+    moved = [n for n, q in qtensors(model).items() if not torch.equal(q.dequantize(), before[n].dequantize())]
+    assert moved, "nothing was learnt"
+    if recipe == "scales":
+        assert all(torch.equal(q.codes, before[name].codes) for name, q in qtensors(model).items())
+    codes = qtensors(model)
+    frozen = copy.deepcopy(model)
+    freeze(frozen)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    dense = copy.deepcopy(model)
+    found = convert(dense, dense=True)
+    assert {name: q.scheme for name, q in found.items()} == {name: parse_scheme(word) for name in codes}
+    with torch.no_grad():
+        assert torch.equal(frozen(tokens).logits, wanted) and torch.equal(dense(tokens).logits, wanted)
+    for name, q in codes.items():
+        weight = dense.get_parameter(name)
+        assert torch.equal(weight, q.dequantize() if kind != "gpt2" else q.dequantize().T)
+    if "+" not in word:
+        few = copy.deepcopy(model)
+        convert(few, kernel="packed")
+        layers = [m for m in few.modules() if isinstance(m, QuantLinear)]
+        assert len(layers) == sum(len(q.shape) == 2 for q in codes.values())
+        with torch.no_grad():
+            assert torch.equal(few(tokens).logits, wanted)
+    with torch.no_grad():
+        quick = copy.deepcopy(model)
+        convert(quick)
+        off = float((quick(tokens).logits - wanted).norm() / wanted.norm())
+        assert off < (0.05 if "+" in word else 1e-4)
+
+
+def test_tied_skipped_and_asked_for() -> None:
+    model = make()
+    head = model.lm_head.weight
+    done = prepare(model, "int4-g32", skip=("*down_proj*",), also=("*q_proj.bias",))
+    assert done.kept["lm_head.weight"].startswith("tied") and head is model.model.embed_tokens.weight
+    assert done.kept["model.layers.0.mlp.down_proj.weight"] == "skipped" and not head.requires_grad
+    assert len(done.quantised) == 12 and set(done.trained) >= {"model.norm.weight"}
+    assert done.learning < done.total
+    step(model, ids())
+    assert torch.equal(model.lm_head.weight, head) and model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_untied_heads_are_skipped_unless_asked_for() -> None:
+    assert "lm_head.weight" in prepare(make(tie_word_embeddings=False), "int4-g32").kept
+    assert "lm_head.weight" in prepare(make(tie_word_embeddings=False), "int4-g32", skip=()).quantised
+
+
+def test_scales_recipe_holds_codes_and_no_weights() -> None:
+    model = make()
+    total = sum(p.numel() for p in model.parameters())
+    done = prepare(model, "int4-g32", recipe="scales")
+    assert done.total < 0.35 * total  # embeddings, norms and scales; the linear weights are codes now
+    assert done.learning < 0.1 * total
+    state = model.state_dict()
+    fresh = make()
+    prepare(fresh, "int4-g32", recipe="scales")
+    step(model, ids())
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(fresh(ids()).logits, model(ids()).logits)
+    assert any(name.endswith(".codes") and tensor.dtype == torch.int8 for name, tensor in state.items())
+
+
+def test_a_start_is_kept_and_checked() -> None:
+    model = make()
+    plain = {name: p.detach() for name, p in model.named_parameters() if name.endswith("q_proj.weight")}
+    scheme = parse_scheme("int3-g32")
+    start = {name: quantize(scheme, w + 0.2 * w.abs().mean() * torch.randn_like(w)) for name, w in plain.items()}
+    prepare(model, scheme, start=start)
+    found = qtensors(model)
+    for name, q in start.items():
+        assert torch.equal(found[name].dequantize(), q.dequantize())
+    with pytest.raises(InputError, match="FB-E0914"):
+        prepare(make(), "int4-g32", start=start)
+
+
+def test_experts_are_rounded_once_in_a_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("mixtral")
+    model.config._experts_implementation = "eager"  # a product for each expert, each of which asks for the whole stack
+    prepare(model, "int4-g32")
+    calls = []
+    real = FakeQuantise.quantise
+    monkeypatch.setattr(FakeQuantise, "quantise", lambda self, w: (calls.append(w.ndim), real(self, w))[1])
+    for _ in range(2):  # gradients of two passes add up: no graph is used twice
+        model(ids()).logits.sum().backward()
+    assert calls.count(3) == 4
+
+
+def test_bad_input_is_refused() -> None:
+    prepared = make()
+    prepare(prepared, "int4-g32")
+    cases = [
+        lambda: prepare(prepared, "int4-g32"),
+        lambda: prepare(make(), "bf16"),
+        lambda: prepare(make(), "int4-g32", recipe="half"),
+        lambda: prepare(make(), "int4-g32", floats="int4-g32"),
+        lambda: prepare(make(), "int4-g32", skip=("*",)),
+        lambda: prepare(nn.ReLU(), "int4-g32"),
+        lambda: prepare(make(), "int4-g32", also=("*embed_tokens*",)),
+        lambda: prepare(make().to("meta"), "int4-g32"),
+    ]
+    for case in cases:
+        with pytest.raises(InputError, match="FB-E0913"):
+            case()
+    for scheme in ("int8-channel+int8-token-static", "int8-channel+int8-tensor-asym-static", "nvfp4+nvfp4-static"):
+        with pytest.raises(InputError, match=r"FB-E09|FB-E06"):
+            prepare(make(), scheme)
+    with pytest.raises(InputError, match="FB-E0911"):
+        prepare(make("mixtral"), "int8-channel+int8-token")
+    with pytest.raises(InputError, match="FB-E0905"):
+        prepare(make(), "int4-g32", method="gptq")
+    with pytest.raises(InputError, match="FB-E0602"):
+        prepare(make(), "iq2_xs")
+    with pytest.raises(InputError, match="FB-E0915"):
+        qtensors(make())
+    static = make()
+    prepare(static, "int8-channel+int8-tensor-static")
+    with pytest.raises(InputError, match="FB-E0912"):
+        freeze(static)
+
+
+def test_training_follows_a_teacher() -> None:
+    teacher, student, tokens = make(), make(), ids(8)
+    prepare(student, "int2-g32")
+    watch = lambda model: fidelity(model, teacher, [tokens])  # noqa: E731
+    seen = []
+    curve = train(
+        student,
+        tokens,
+        Schedule(steps=30, batch=4, every=15),
+        teacher=teacher,
+        groups=parameter_groups(student, 2e-3, 1e-2),
+        evaluate=watch,
+        on_point=seen.append,
+    )
+    assert [point.step for point in curve] == [0, 15, 30] and seen == curve
+    assert curve[-1].measures["kl"] < 0.5 * curve[0].measures["kl"]
+    assert fidelity(teacher, teacher, [tokens])["kl"] == 0
+
+
+def test_training_refuses_nonsense() -> None:
+    model = make()
+    for bad in ({"steps": 0}, {"labels": 2.0}, {"temperature": 0.0}, {"warmup": 1.0}):
+        with pytest.raises(InputError, match="FB-E0916"):
+            Schedule(**bad)
+    with pytest.raises(InputError, match="FB-E0916"):
+        train(model, ids(2), Schedule(batch=4))
+    with pytest.raises(InputError, match="FB-E0916"):
+        train(model.requires_grad_(False), ids(8), Schedule())
+    prepare(model, "int4-g32")
+    with torch.no_grad():
+        model.model.norm.parametrizations.weight.original.fill_(float("nan"))
+    with pytest.raises(FewbitError):
+        train(model, ids(8), Schedule(steps=1))
+
+
+def test_batches_show_every_window_before_any_comes_again() -> None:
+    stream = batches(5, 2, seed=1)
+    first = torch.cat([next(stream) for _ in range(5)])
+    assert sorted(first[:5].tolist()) == list(range(5)) == sorted(first[5:].tolist())
+    assert Schedule(steps=100, warmup=0.1).share(0) == 0.1 and Schedule(steps=100).share(99) < 0.06
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BF16 checkpoint."""
+    place = tmp_path_factory.mktemp("tiny")
+    make().to(torch.bfloat16).save_pretrained(place)
+    return place
+
+
+def load(place: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(
+    ("word", "to", "loads"),
+    [
+        ("int4-channel-bf16", "compressed-tensors", True),
+        ("int2-g32-bf16", "compressed-tensors", True),
+        ("int4-g32-bf16-asym", "compressed-tensors", False),
+        ("int8-channel-bf16+int8-token", "compressed-tensors", False),
+        ("nf4-g64-f32", "dense-f32", True),
+    ],
+)
+def test_the_file_computes_what_was_trained(checkpoint: Path, tmp_path: Path, word: str, to: str, loads: bool) -> None:
+    model, tokens = load(checkpoint), ids()
+    prepare(model, word, floats="bf16")
+    step(model, tokens)
+    with torch.no_grad():
+        wanted = model(tokens).logits
+    with open_source(checkpoint) as source:
+        place = export(qtensors(model), trained_floats(model), source, to, tmp_path / "out")
+    with open_source(place) as written:
+        for name, q in qtensors(model).items():
+            assert torch.equal(written.read(name).float(), q.dequantize()), name
+        for name, value in trained_floats(model).items():
+            assert torch.equal(written.read(name).float(), value)
+            assert not torch.equal(value, torch.ones_like(value)), "norms learn too"
+        if to == "compressed-tensors":
+            again = load(checkpoint)
+            prepare(again, word, start=start_from(written), recipe="scales")
+            assert {n: str(q.scheme) for n, q in qtensors(again).items()} == {
+                n: str(q.scheme) for n, q in qtensors(model).items()
+            }
+    if loads:
+        with torch.no_grad():
+            assert torch.allclose(load(place)(tokens).logits, wanted, atol=1e-5)
+
+
+def test_stacked_experts_are_written_one_by_one(tmp_path: Path) -> None:
+    make("mixtral").to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model, tokens = load(tmp_path / "base"), ids()
+    prepare(model, "int4-g32-bf16", floats="bf16")
+    step(model, tokens)
+    with open_source(tmp_path / "base") as source:
+        place = export(qtensors(model), trained_floats(model), source, "compressed-tensors", tmp_path / "out")
+    whole = qtensors(model)["model.layers.0.mlp.experts.gate_up_proj"].dequantize()
+    with open_source(place) as written:
+        names = [name for name in written.stored if ".experts.2." in name]
+        assert len(names) == 3
+        (up,) = (name for name in names if "w3" in name or "up_proj" in name)
+        assert torch.equal(written.read(up), whole[2, 96:])
+        again = start_from(written)["model.layers.0.mlp.experts.gate_up_proj"]
+        assert torch.equal(again.dequantize(), whole)
+
+
+def test_export_refuses_what_it_would_change(checkpoint: Path, tmp_path: Path) -> None:
+    model = load(checkpoint)
+    prepare(model, "int4-g32")  # f16 scales, which compressed-tensors of a BF16 model does not hold; norms in f32
+    step(model, ids())
+    with open_source(checkpoint) as source:
+        with pytest.raises(InputError, match="FB-E0917"):
+            export(qtensors(model), {}, source, "compressed-tensors", tmp_path / "a")
+        with pytest.raises(InputError, match="FB-E0917"):
+            export(qtensors(model), trained_floats(model), source, "dense", tmp_path / "b")
+        with pytest.raises(InputError, match="FB-E0917"):
+            export({}, {}, source, "dense", tmp_path / "c")
+    assert not any((tmp_path / name).exists() for name in "abc")
