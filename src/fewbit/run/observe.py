@@ -66,17 +66,21 @@ class Observer(TorchFunctionMode):
         self._on_output = on_output
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        position = 0 if func in _LINEAR or func in _MATMUL else 1 if func in _ADDMM else None
-        found = self._find(args[position + 1]) if position is not None and len(args) > position + 1 else None
-        if found is None or position is None:
+        position, use = self.use_of(func, args)
+        if use is None:
             return func(*args, **(kwargs or {}))
-        use = Use(found[0], found[1], args[position])
         replaced = self._on_use(use) if self._on_use else None
         if replaced is not None:
             args = (*args[:position], replaced, *args[position + 1 :])
         result = self.product(use, lambda: func(*args, **(kwargs or {})))
         changed = self._on_output(use, result) if self._on_output else None
         return result if changed is None else changed
+
+    def use_of(self, func: Any, args: tuple) -> tuple[int, Use | None]:
+        """Where a function takes its input, and the use of a tracked weight that a call of it is, if any."""
+        position = 0 if func in _LINEAR or func in _MATMUL else 1 if func in _ADDMM else -1
+        found = self._find(args[position + 1]) if 0 <= position < len(args) - 1 else None
+        return position, None if found is None else Use(found[0], found[1], args[position])
 
     def product(self, use: Use, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The product; subclasses may know it already."""

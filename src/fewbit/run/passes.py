@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from fewbit.math.stats import Stats
 from fewbit.run.acts import ActStore
@@ -81,10 +82,11 @@ def survey(block: Block, params: Params, stages: list[Stage], hidden: torch.Tens
     return found
 
 
-def _nan(like: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+def _nan(like: torch.Tensor, shape: tuple[int, ...] | None = None, device: torch.device | None = None) -> torch.Tensor:
     """NaN in place of a tensor: one number, expanded."""
     shape = tuple(like.shape) if shape is None else shape
-    return torch.full((1,) * len(shape), torch.nan, dtype=like.dtype, device=like.device).expand(shape)
+    one = torch.full((1,) * len(shape), torch.nan, dtype=like.dtype, device=device or like.device)
+    return one.expand(shape)
 
 
 def _same(
@@ -148,7 +150,7 @@ def _poisoned(
 
 
 class _Skipping(Observer):
-    """An observer that may answer a product itself, and does not compute attention of which an operand is NaN."""
+    """An observer that may answer a product itself; what is computed from nothing but such NaN is not computed either."""
 
     def __init__(
         self,
@@ -159,23 +161,39 @@ class _Skipping(Observer):
     ) -> None:
         super().__init__(tracked, on_use, on_output)
         self._answer = answer
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            named = {**dict(zip(("query", "key", "value"), args, strict=False)), **(kwargs or {})}
-            query, value = named["query"], named["value"]
-            if _is_nan(query) and _is_nan(value):
-                return _nan(query, (*query.shape[:-1], value.shape[-1]))
-        return super().__torch_function__(func, types, args, kwargs)
+        self._nothing: dict[int, torch.Tensor] = {}  # by address of the one NaN behind each
 
     def product(self, use: Use, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         found = self._answer(use)
+        if found is not None and found.untyped_storage().nbytes() == found.element_size():
+            self._nothing[found.untyped_storage().data_ptr()] = found
         return compute() if found is None else found
 
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self._nothing and self.use_of(func, args)[1] is None and self._touched(args, kwargs):
+            try:  # only the shape and type of the result matter: they are found without data
+                like = func(*tree_map(_shell, args), **tree_map(_shell, kwargs))
+            except (RuntimeError, NotImplementedError):
+                like = None
+            if isinstance(like, torch.Tensor) and like.is_floating_point():
+                found = _nan(like, device=self._device)
+                self._nothing[found.untyped_storage().data_ptr()] = found
+                return found
+        return super().__torch_function__(func, types, args, kwargs)
 
-def _is_nan(x: torch.Tensor) -> bool:
-    """Whether a tensor is one of the NaN that stand for nothing: judged by two entries."""
-    return bool(torch.isnan(x[(0,) * x.dim()])) and bool(torch.isnan(x[(-1,) * x.dim()]))
+    def _touched(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        for item in (*args, *kwargs.values()):
+            for part in item if isinstance(item, (list, tuple)) else (item,):
+                if isinstance(part, torch.Tensor) and part.untyped_storage().data_ptr() in self._nothing:
+                    self._device = part.device
+                    return True
+        return False
+
+
+def _shell(item: Any) -> Any:
+    """A tensor without data in place of a tensor."""
+    return item.to("meta") if isinstance(item, torch.Tensor) else item
 
 
 class Stream:
