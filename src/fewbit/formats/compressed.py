@@ -152,26 +152,26 @@ def encode(name: str, q: QTensor) -> dict[str, torch.Tensor]:
     """
     import torch
 
-    from fewbit.formats.words import global_divisor, leaf_as, refuse_sides, unsigned_codes
+    from fewbit.formats.words import global_divisor, leaf_as, refuse_sides, signed_codes, unsigned_codes
     from fewbit.math.bits import pack
 
     refuse_sides(name, q, "compressed-tensors", allowed=("input_scale",))
     scheme, sizes = q.scheme, _sizes(word_of(q.scheme) or "", q.scheme, q.shape)
     out: dict[str, torch.Tensor] = {}
     if affine_of(scheme) is not None:
-        bits, half = int(scheme.grid.bits), 1 << (int(scheme.grid.bits) - 1)
+        bits = int(scheme.grid.bits)
         out["scale"] = q.scale.reshape(sizes["scale"][1])
         codes = unsigned_codes(q).reshape(q.shape)
         if "packed" in sizes:
             out["packed"] = pack(codes, bits, word=torch.int32)
             out["shape"] = torch.tensor(q.shape, dtype=torch.int64)
         else:
-            out[""] = (codes.to(torch.int16) - half).to(torch.int8)
+            out[""] = signed_codes(codes, bits)
         if "zero_point" in sizes and sizes["zero_point"][0] == "I32":
             counts = scheme.block_counts(q.shape)
             out["zero_point"] = pack(q.code_shift.reshape(counts).mT, bits, word=torch.int32).mT.contiguous()
         elif "zero_point" in sizes:
-            out["zero_point"] = (q.code_shift.to(torch.int16) - half).to(torch.int8).reshape(sizes["zero_point"][1])
+            out["zero_point"] = signed_codes(q.code_shift, bits).reshape(sizes["zero_point"][1])
     else:
         codes, counts = q.codes.reshape(q.shape), scheme.block_counts(q.shape)
         if "packed" in sizes:

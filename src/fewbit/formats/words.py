@@ -28,12 +28,12 @@ def unsigned_codes(q: QTensor) -> torch.Tensor:
     assert isinstance(grid, IntGrid)
     if not grid.signed:
         return q.codes
-    return (q.codes.to(torch.int16) + (1 << (grid.bits - 1))).to(torch.uint8)
+    return q.codes.view(torch.uint8) + (1 << (grid.bits - 1))  # modulo 256, which is what is wanted
 
 
 def signed_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse for a signed grid: uint8 counted from the lowest level -> int8."""
-    return (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    return (codes - (1 << (bits - 1))).view(torch.int8)  # modulo 256, which is what is wanted
 
 
 def leaf_as(stored: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from math import ceil
 
+import numpy as np
 import torch
 
 from fewbit.base.errors import InputError
@@ -93,10 +94,11 @@ def _kernels_serve(data: torch.Tensor, whole: bool, count: int, order: str, dens
 def _pack_fast(codes: torch.Tensor, bits: int, word: torch.dtype) -> torch.Tensor:
     from fewbit.math.kernels import packing
 
-    flat = codes.contiguous().view(-1).to(torch.uint8).numpy()
+    flat = codes.contiguous().view(-1)
+    flat = (flat.view(torch.uint8) if flat.element_size() == 1 else flat.to(torch.uint8)).numpy()
     out = torch.empty((*codes.shape[:-1], codes.shape[-1] * bits // 8), dtype=torch.uint8)
     if bits == 4:
-        packing.pack_nibbles(flat, out.view(-1).numpy(), 0, flat.size // 2)
+        packing.pack_nibbles(flat.view(np.uint64), out.view(-1).numpy().view(np.uint32), 0, flat.size // 8)
     else:
         packing.pack_bytes(flat, bits, out.view(-1).numpy(), 0, flat.size // 8)
     return out.view(word)
@@ -108,7 +110,7 @@ def _unpack_fast(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     flat = words.contiguous().view(-1).view(torch.uint8).numpy()
     out = torch.empty((*words.shape[:-1], count), dtype=torch.uint8)
     if bits == 4:
-        packing.unpack_nibbles(flat, out.view(-1).numpy(), 0, flat.size)
+        packing.unpack_nibbles(flat.view(np.uint32), out.view(-1).numpy().view(np.uint64), 0, flat.size // 4)
     else:
         packing.unpack_bytes(flat, bits, out.view(-1).numpy(), 0, flat.size // bits)
     return out

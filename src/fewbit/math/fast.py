@@ -143,7 +143,7 @@ def errors(view: View, grid: Grid, triple: tuple[torch.Tensor | None, ...]) -> t
     """Weighted squared error of each block under (scale, code_shift, value_shift), [n, 1, m, 1]."""
     scale, zero, shift = (view.params(p) for p in triple)
     out, run, arguments = np.empty(view.padded, np.float32), _kernels().errors, _grid_arguments(grid)
-    view.spread(lambda a, b: run(view.wide, view.size, view.h, scale, zero, shift, out, a, b, *arguments))
+    view.spread(lambda a, b: run(view.x, view.size, view.h, scale, zero, shift, out, a, b, *arguments))
     return view.back(out)
 
 

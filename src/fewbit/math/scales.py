@@ -20,6 +20,7 @@ import torch
 
 from fewbit.base.errors import InputError
 from fewbit.math import fast
+from fewbit.math.metrics import weighted_error
 from fewbit.math.nested import fit_nested
 from fewbit.math.rounding import nearest, pack_leaf, store
 from fewbit.math.search import Params, Search, Target, Triple, choose, units
@@ -44,6 +45,10 @@ FITTERS: list[tuple[Callable[[Scheme], bool], str]] = [
     (
         lambda scheme: scheme in _named("iq1_s iq1_m iq2_xxs iq2_xs iq2_s iq3_xxs iq3_s"),
         "fewbit.math.lattice",
+    ),
+    (
+        lambda scheme: scheme in _named("mxfp4 mxfp6-e3m2 mxfp6-e2m3 mxfp8"),
+        "fewbit.math.kernels.mx",
     ),
 ]
 
@@ -149,6 +154,27 @@ def quantize(
         return special.quantize(scheme, w, importance, search)
     params = fit(scheme, w, importance, search)
     return assemble(scheme, tuple(w.shape), snap(scheme, w, params, importance), params)
+
+
+def lost(scheme: Scheme, w: torch.Tensor, q: QTensor, importance: torch.Tensor | None = None) -> float:
+    """Sum of importance * (w - dequantised)^2 for a `q` whose codes `quantize` chose: without decoding where kernels serve.
+
+    Args:
+        scheme, w, importance: as for `quantize`.
+        q: its answer.
+    """
+    if _special(scheme) is not None or scheme.is_leaf or not fast.serves(scheme.grid):
+        return weighted_error(w, q.dequantize(), importance)
+    params = Params(q.scale, q.code_shift, q.value_shift)
+    arrays = [_block_array(scheme, params, name, tuple(w.shape)) for name in ("scale", "code_shift", "value_shift")]
+    total = 0.0
+    for chunk in chunks(w, importance, scheme.blocks):
+        if chunk.view is None:
+            return weighted_error(w, q.dequantize(), importance)
+        scale, z, v = (None if a is None else chunk.take(a) for a in arrays)
+        one = torch.ones((1, 1, 1, 1), device=w.device) if scale is None else scale
+        total += float(fast.errors(chunk.view, scheme.grid, (one, z, v)).sum(dtype=torch.float64))
+    return total
 
 
 def effective(scheme: Scheme, params: Params, shape: tuple[int, ...]) -> tuple[torch.Tensor | None, ...]:

@@ -30,6 +30,7 @@ import fewbit
 from fewbit.base.errors import FewbitError, InputError, Interrupted
 from fewbit.base.record import digest
 from fewbit.formats.gguf import ops
+from fewbit.math.stats import Stats
 from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import Scheme
 from fewbit.plan.jobs import Job, Plan
@@ -233,7 +234,7 @@ class _Run:
         """Runs data-free groups on worker threads; the first failure stops the rest."""
         pending: set[Future[None]] = set()
         queue = iter(todo)
-        with ThreadPoolExecutor(max_workers=self.room.workers) as pool:
+        with _torch_threads(self.room.workers), ThreadPoolExecutor(max_workers=self.room.workers) as pool:
             try:
                 while True:
                     while len(pending) < 2 * self.room.workers and (group := next(queue, None)) is not None:
@@ -268,21 +269,21 @@ class _Run:
         options = self.options_for(job)
         seed = self.plan.recipe["seed"]
         step, rows = tile_rows(job.scheme, job.shape, job.ops), job.shape[-2] if len(job.shape) > 1 else 1
-        if self.imatrix is not None:
-            weight, matrix = read_weight(self.source, job).float(), self.imatrix
+
+        def answer(weight: torch.Tensor) -> Solved:
+            def call(w: torch.Tensor, stats: Stats | None) -> Solved:
+                return solver(w, stats, job.scheme, seed=seed, options=options)
+
+            matrix = self.imatrix
             return self._located(
-                job,
-                lambda: weighted(
-                    matrix, job, lambda w, s: solver(w, s, job.scheme, seed=seed, options=options), weight
-                ),
+                job, lambda: call(weight, None) if matrix is None else weighted(matrix, job, call, weight)
             )
+
         if step >= rows:
-            weight = read_weight(self.source, job)
-            return self._located(job, lambda: solver(weight, None, job.scheme, seed=seed, options=options))
-        tiles = []
-        for start in range(0, rows, step):
-            weight = self.source.read_rows(job.name, start, min(rows, start + step))
-            tiles.append(self._located(job, lambda w=weight: solver(w, None, job.scheme, seed=seed, options=options)))
+            return answer(read_weight(self.source, job))
+        tiles = [
+            answer(self.source.read_rows(job.name, start, min(rows, start + step))) for start in range(0, rows, step)
+        ]
         return join_rows(job.scheme, job.shape, tiles)
 
     def options_for(self, job: Job) -> dict[str, Any]:
@@ -328,6 +329,17 @@ class _Run:
                 self.losses[self.plan.outputs[index].target][job.target] = entry["loss"]
             if entry.get("notes"):
                 self.notes[job.target] = tuple(entry["notes"])
+
+
+@contextmanager
+def _torch_threads(workers: int) -> Iterator[None]:
+    """Shares torch's threads among workers that are started in here, so that they do not crowd the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // max(1, workers)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def read_weight(source: Source, job: Job) -> torch.Tensor:

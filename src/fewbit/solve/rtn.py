@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from fewbit.math.metrics import weighted_error
-from fewbit.math.scales import Search, quantize
+from fewbit.math.scales import Search, lost, quantize
 from fewbit.math.stats import Stats
 from fewbit.num.scheme import Scheme
 from fewbit.solve.table import Solved, Solver
@@ -22,8 +21,9 @@ def solve(w: torch.Tensor, stats: Stats | None, scheme: Scheme, *, seed: int, op
     """Round `w` [*batch, rows, cols] to nearest under searched scales; `seed` is not used."""
     importance = stats.importance if stats is not None else None
     search = Search(method=options["search"], steps=options["steps"], percentile=options["percentile"])
-    q = quantize(scheme.weights_only, w, importance, search)
-    return Solved(q, weighted_error(w, q.dequantize(), importance))
+    scheme = scheme.weights_only
+    q = quantize(scheme, w, importance, search)
+    return Solved(q, lost(scheme, w, q, importance))
 
 
 SOLVER = Solver(

@@ -1,7 +1,7 @@
 """numba kernels over blocks that lie one after another in memory: extremes, snapping, errors and scale search.
 
-All see x as a flat array of blocks of `size` >= 16 numbers and one parameter per block. `extremes` and `snap` also take uint16 (bfloat16 bits)
-and int16 (float16 bits), the rest float32. They release the GIL and work on blocks b0..b1, so that threads can share a tensor. Weights of
+All see x as a flat array of blocks of `size` >= 16 numbers and one parameter per block. `extremes`, `errors` and `snap` also take uint16 (bfloat16
+bits) and int16 (float16 bits), the rest float32. They release the GIL and work on blocks b0..b1, so that threads can share a tensor. Weights of
 errors, h, are a flat float32 array of whole blocks that repeats over the blocks of x.
 
 Elementwise work takes sixteen numbers along a block at a time. The search holds sixteen blocks side by side instead, so that every sum has
