@@ -135,26 +135,19 @@ def build(
 
 def _packed(runner: Runner, chosen: Windows, hidden: ActStore, facts: dict[str, Any]) -> BaseCache:
     total = int(chosen.scored.sum())
-    made = BaseCache(
-        torch.empty(total, runner.width, dtype=torch.int16),
-        *(torch.empty(total, dtype=torch.float32) for _ in range(4)),
-        facts=facts,
-    )
+    scale, kl, chi2, nll = (torch.empty(total, dtype=torch.float32) for _ in range(4))
+    made = BaseCache(torch.empty(total, runner.width, dtype=torch.int16), scale, kl, chi2, nll, facts)
     at, states = 0, States(hidden)
     for window, positions in rows_of(chosen.tokens, chosen.scored, runner.room.rows(runner.vocab)):
         exact = states(window, positions)
-        codes, scale = encode_hidden(exact)
+        codes, steps = encode_hidden(exact)
         shown = chosen.tokens[window, positions].unsqueeze(0)
         p_logits = runner.logits(shown, exact.unsqueeze(0))
-        found = rounding(p_logits, runner.logits(shown, decode_hidden(codes, scale).unsqueeze(0)))
+        found = rounding(p_logits, runner.logits(shown, decode_hidden(codes, steps).unsqueeze(0)))
         target = chosen.tokens[window, positions + 1].to(p_logits.device).unsqueeze(-1)
         rows = slice(at, at + positions.numel())
-        made.codes[rows], made.scale[rows], made.kl[rows], made.chi2[rows] = (
-            codes,
-            scale,
-            found.kl.float(),
-            found.chi2.float(),
-        )
+        made.codes[rows], made.scale[rows] = codes, steps
+        made.kl[rows], made.chi2[rows] = found.kl.float(), found.chi2.float()
         made.nll[rows] = -torch.log_softmax(p_logits.double(), -1).gather(-1, target)[:, 0].float()
         at += positions.numel()
     return made

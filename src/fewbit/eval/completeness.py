@@ -47,7 +47,7 @@ def _gaps(kind: str, names: set[str]) -> list[str]:
     numbers = [tuple(int(number) for number in re.findall(r"\d+", name)) for name in names]
     if count == 0 or len(numbers) < 2:
         return []
-    missing = []
+    missing: list[tuple[int, ...]] = []
     if count == 1:
         present = {number[0] for number in numbers}
         missing = [(index,) for index in range(min(present), max(present)) if index not in present]

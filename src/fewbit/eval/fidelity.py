@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from fewbit.eval.gguf_view import GgufView, open_candidate
 from fewbit.eval.look import look
 from fewbit.eval.measures import PerToken, Rounding, Score, compare, summarise
 from fewbit.eval.provenance import about
-from fewbit.eval.stream import Room, Runner, States, peak_bytes, rows_of
+from fewbit.eval.room import Demand, Room, fitted, peak_bytes
+from fewbit.eval.stream import Runner, States, rows_of
 from fewbit.eval.windows import Windows, windows
 from fewbit.run.acts import ActStore
 from fewbit.run.calib import Tokens
@@ -112,8 +113,8 @@ class Reference:
     """The base on the chosen windows: logits of any position, from memory or from the cache."""
 
     def __init__(self, source: Source, options: Options, say: Say) -> None:
-        self.room = Room(options.ram)
-        self.runner = Runner(source, device=options.device, room=self.room)
+        self.room = Room()
+        self.runner = Runner(source, device=options.device)
         self.windows = windows(
             options.text, source.root, options.length, options.tokens, self.runner.vocab,
             skip=options.skip, chat=options.chat, most=self.runner.context,
@@ -122,6 +123,22 @@ class Reference:
         self.cached: BaseCache | None = None
         self.reused = False
         self._hidden: ActStore | None = None
+
+    def make_room(self, candidates: int) -> int:
+        """Fits the pieces of the work into the limit; the predicted peak of resident memory, bytes.
+
+        Raises:
+            ResourceError: FB-E0813 when the limit cannot be held.
+        """
+        options, (windows, length) = self.options, self.windows.tokens.shape
+        wishes = options.wishes
+        demand = Demand(
+            windows, length, int(self.windows.scored.sum()), candidates, options.cache is not None,
+            look=options.look > 0, resident=bool(wishes.generate or wishes.tasks),
+        )  # fmt: skip
+        before = psutil.Process().memory_info().rss
+        self.room = self.runner.room = fitted(self.runner, demand, options.ram, before)
+        return max(_peak_rss(), before + peak_bytes(self.runner, demand, self.room))
 
     def run(self) -> None:
         """Computes the base, or finds it in the cache."""
@@ -224,18 +241,18 @@ def study(
 
     Raises:
         InputError: FB-E0801 for a text too short; FB-E0802 when a candidate has another vocabulary; FB-E0805 for a GGUF of another model.
+        ResourceError: FB-E0813 when `ram` cannot be held, before any work.
     """
     tell = say or (lambda _line: None)
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(open_source(base))
-        opened = [stack.enter_context(open_candidate(path, source)) for path in candidates]
+        opened: list[Source | GgufView] = [stack.enter_context(open_candidate(path, source)) for path in candidates]
         reference = Reference(source, options, tell)
         stack.callback(reference.close)
         made = Study(
             str(base), options, reference.windows, facts=about(source), warnings=list(reference.windows.warnings)
         )
-        before = psutil.Process().memory_info().rss
-        predicted = peak_bytes(source, reference.runner, reference.windows.tokens, len(opened))
+        predicted = reference.make_room(len(opened))
         reference.run()
         passes = reference.runner.passes
         extras = Extras(options.wishes, reference.runner, reference.windows, lambda: Tokens(source.root), tell)
@@ -246,7 +263,7 @@ def study(
             made.noise = noise_floor(source, reference, options, tell)
         cached = reference.cached
         made.resources = {
-            "predicted_peak_bytes": before + predicted,
+            "predicted_peak_bytes": predicted,
             "peak_bytes": _peak_rss(),
             "forward_passes": passes,
             "base_from_cache": reference.reused,
@@ -273,7 +290,7 @@ def _score(
 ) -> int:
     """Adds a candidate's score, and its engine's; returns the passes it took."""
     say(f"candidate {path}")
-    runner = Runner(source, device=reference.options.device, room=reference.room)  # type: ignore[arg-type]
+    runner = Runner(source, device=reference.options.device, room=reference.room)
     runner.share_with(reference.runner)
     hidden = runner.hidden(into.windows.tokens, _blocks(say))
     info = source.checkpoint.manifest
@@ -332,10 +349,11 @@ def noise_floor(source: Source, reference: Reference, options: Options, say: Say
     try:
         for name, dtype, room in (
             ("base in bfloat16", torch.bfloat16, reference.room),
-            ("base, one window at a time", torch.float32, Room(ram=1, scratch=reference.room.scratch)),
+            ("base, one window at a time", torch.float32, replace(reference.room, batch_tokens=1)),
         ):
             say(f"noise floor: {name}")
             runner = Runner(source, dtype=dtype, device=options.device, room=room)
+            runner.share_with(exact.runner)
             hidden = runner.hidden(tokens)
             try:
                 scores.append(summarise(name, measure(exact, [stored_logits(runner, tokens, hidden)], name)[0]))

@@ -13,6 +13,7 @@ import torch
 
 from fewbit.eval.measures import Estimate, clustered
 from fewbit.eval.stream import ActivationQuantiser, Runner
+from fewbit.num.scheme import Scheme
 
 NGRAM = 4
 
@@ -23,7 +24,7 @@ class Resident:
     def __init__(self, runner: Runner) -> None:
         self.runner, model = runner, runner.model
         self.params = dict(runner.trunk)
-        self._schemes = {}
+        self._schemes: dict[str, Scheme] = {}
         for index in range(len(model)):
             prefix = f"{model.prefix}.{index}."
             self.params |= {prefix + name: value for name, value in model.load_block(index, runner.source.read).items()}

@@ -87,7 +87,7 @@ def parse_numbers(text: str) -> list[float]:
 
 def by_hand(scheme: Scheme) -> Scheme:
     """The scheme with directly stored 16-bit scales and minima in float32: rounding them is a detail of files."""
-    changes = {name: leaf(F32) for name, part in scheme.parts() if part.is_leaf and part.grid == F16}
+    changes: dict[str, Any] = {name: leaf(F32) for name, part in scheme.parts() if part.is_leaf and part.grid == F16}
     return replace(scheme, **changes)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from fewbit.eval.room import GRADIENT_TOKENS
 from fewbit.eval.stream import ActivationQuantiser, Runner, States, rows_of
 from fewbit.eval.windows import Windows
 from fewbit.math.metrics import sqnr_db
@@ -28,7 +29,6 @@ from fewbit.run.acts import ActStore
 from fewbit.run.hf import Params
 
 SIMPSON = ((0.5, 4 / 6), (1.0, 1 / 6))  # (s, weight); s = 0 weighs 1/6 and adds nothing
-GRADIENT_TOKENS = 2048  # of one batch, whose block inputs are all kept
 REWRITTEN = 0.02  # relative change of a norm or bias from which weights are taken to be rewritten
 
 
@@ -287,7 +287,8 @@ class _Shares:
         """What the embeddings add through the first hidden states; the share of everything before the blocks goes to the token embedding."""
         total = weight * float((step * gradient).sum())
         if total:
-            embedding = self.base.model.module.get_input_embeddings().weight
+            module: Any = self.base.model.module
+            embedding = module.get_input_embeddings().weight
             names = {id(param): name for name, param in self.base.model.module.named_parameters()}
             full = names[id(embedding)]
             slot = next(slot for slot in self.base.model.slots.values() if slot.param == full)

@@ -2,36 +2,25 @@
 
 Weights are decoded; activations are quantised where the stored scheme says so. What is kept of a model is its last hidden states, [tokens,
 width]: logits are made from them some rows at a time by the model's own head. So two models are never resident together, and the
-logits of neither ever exist as a whole. The largest things alive at once are stated by `peak_bytes`:
-
-    while a block runs   both trunks (embeddings and head, shared where equal) + one block, read and decoded + hidden states of both models
-                         (in files when they exceed their share of the budget) + what one batch computes
-    while logits last    both trunks + hidden states + the rows of logits in hand, in float64, some six times over
+logits of neither ever exist as a whole. What is alive at once, and how much it takes, is told by `eval.room`.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 
 from fewbit.base.manifest import Manifest
+from fewbit.eval.room import Room
 from fewbit.math.scales import Search, assemble, fit, quantize, snap
 from fewbit.num.blocks import TENSOR
 from fewbit.num.scheme import Scheme
 from fewbit.run.acts import ActStore
 from fewbit.run.hf import BlockModel, Params
 from fewbit.run.observe import Observer, Use
-
-BATCH_TOKENS = 4096
-SPILL_SHARE = 0.25  # of the budget that hidden states may take before they go to a file
-LOGIT_COPIES = 104  # bytes per logit while two models are compared: float32 and float64 copies, measured
-OVERHEAD = 160 << 20  # what libraries and the allocator keep, measured over a dozen candidates
-ROW_BYTES = 192 << 20  # of logits in hand, where no budget is smaller
 
 
 class FloatSource(Protocol):
@@ -42,36 +31,6 @@ class FloatSource(Protocol):
     stored: dict[str, Any]
 
     def read(self, name: str) -> torch.Tensor: ...
-
-
-@dataclass(frozen=True)
-class Room:
-    """Memory and place for an evaluation.
-
-    Attributes:
-        ram: limit of resident memory, bytes; None for no limit.
-        scratch: folder for spilled hidden states; None for the system's temporary folder.
-    """
-
-    ram: int | None = None
-    scratch: Path | None = None
-
-    def spill(self, nbytes: int) -> Path | None:
-        """A file for hidden states that would take too much of the budget, else None."""
-        if self.ram is None or nbytes <= SPILL_SHARE * self.ram:
-            return None
-        with tempfile.NamedTemporaryFile(prefix="fewbit-hidden-", dir=self.scratch, delete=False) as made:
-            return Path(made.name)
-
-    def rows(self, vocab: int) -> int:
-        """Positions whose logits may be in hand at once."""
-        room = ROW_BYTES if self.ram is None else min(ROW_BYTES, self.ram // 8)
-        return max(1, room // (LOGIT_COPIES * vocab))
-
-    def batch(self, length: int, width: int) -> int:
-        """Windows per batch of a block pass."""
-        few = BATCH_TOKENS if self.ram is None else min(BATCH_TOKENS, self.ram // 8 // (64 * width))
-        return max(1, few // length)
 
 
 class Runner:
@@ -94,11 +53,17 @@ class Runner:
 
     @property
     def vocab(self) -> int:
-        return int(self.model.module.get_input_embeddings().weight.shape[0])
+        return int(self._embedding.shape[0])
 
     @property
     def width(self) -> int:
-        return int(self.model.module.get_input_embeddings().weight.shape[1])
+        return int(self._embedding.shape[1])
+
+    @property
+    def _embedding(self) -> torch.Tensor:
+        """The parameter that tokens are looked up in, [vocab, width], on the meta device."""
+        module: Any = self.model.module
+        return module.get_input_embeddings().weight
 
     @property
     def context(self) -> int | None:
@@ -133,7 +98,7 @@ class Runner:
 
     def enter(self, tokens: torch.Tensor) -> tuple[ActStore, list[dict[str, Any]]]:
         """Hidden states before the first block, and every block's arguments."""
-        batch = self.room.batch(tokens.shape[1], self.width)
+        batch = self.room.batch(tokens.shape[1])
         store: ActStore | None = None
         kwargs: list[dict[str, Any]] = []
         with torch.no_grad():
@@ -177,7 +142,7 @@ class Runner:
         for slot in self.model.block_slots(index):
             stored = self.source.stored.get(slot.name)
             if stored is not None and stored.scheme.static and stored.scheme.activation.blocks == TENSOR:
-                q = self.source.qtensor(slot.name)  # type: ignore[attr-defined]  only sources of safetensors have static schemes
+                q = self.source.qtensor(slot.name)  # type: ignore[attr-defined] # only sources of safetensors have static schemes
                 if q is not None and "input_scale" in q.sides:
                     found[self.model.local(index, slot)] = q.sides["input_scale"]
         return found
@@ -186,29 +151,6 @@ class Runner:
         """Logits of some positions: tokens [1, rows], hidden [1, rows, width] -> float32 [rows, vocab]."""
         with torch.no_grad():
             return self.model.leave(self.trunk, tokens, hidden.to(self.model.device, self.model.dtype)).float()[0]
-
-
-def peak_bytes(source: FloatSource, runner: Runner, tokens: torch.Tensor, candidates: int) -> int:
-    """Predicted peak of resident memory of an evaluation, above what the process took before; bytes."""
-    item = runner.model.dtype.itemsize
-    inside = {slot.name for index in range(len(runner.model)) for slot in runner.model.block_slots(index)}
-    trunk = item * sum(info.numel for name, info in source.manifest.items() if name not in inside)
-    sizes = [
-        sum(source.manifest[slot.name].numel for slot in runner.model.block_slots(index))
-        for index in range(len(runner.model))
-    ]
-    largest = max((info.numel for info in source.manifest.values()), default=0)
-    hidden = tokens.numel() * runner.width * item
-    spilled = runner.room.ram is not None and hidden > SPILL_SHARE * runner.room.ram
-    rows = LOGIT_COPIES * runner.vocab * runner.room.rows(runner.vocab)
-    batch = 64 * runner.width * tokens.shape[1] * min(tokens.shape[0], runner.room.batch(tokens.shape[1], runner.width))
-    block = item * max(sizes, default=0) + 8 * largest + batch
-    return (
-        OVERHEAD
-        + trunk * (2 if candidates else 1)
-        + (0 if spilled else hidden * (2 if candidates else 1))
-        + max(block, rows)
-    )
 
 
 class ActivationQuantiser:
@@ -229,7 +171,8 @@ class ActivationQuantiser:
         fixed = self._scales.get(use.param)
         if fixed is not None:
             params = fit(scheme, flat.float(), None, Search(method="absmax"))
-            params = replace(params, scale=fixed.reshape(params.scale.shape).to(flat.device))
+            shape = params.scale.shape if params.scale is not None else fixed.shape
+            params = replace(params, scale=fixed.reshape(shape).to(flat.device))
             codes = snap(scheme, flat.float(), params)
             return assemble(scheme, tuple(flat.shape), codes, params).dequantize(use.x.dtype).reshape(use.x.shape)
         return (

@@ -149,7 +149,7 @@ def _each(documents: list[Document], tokenizer: Tokens, length: int, wanted: int
                 return
             if index not in known:
                 known[index] = _spoken(documents[index], tokenizer, chat)
-            ids, mask = (part[start : start + length] for part in known[index])
+            ids, mask = known[index][0][start : start + length], known[index][1][start : start + length]
             if len(ids) < min(LEAST_TOKENS, length) or not any(mask[1:]):
                 if len(ids) == length:
                     still.append(index)

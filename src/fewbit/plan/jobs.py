@@ -129,7 +129,8 @@ class Output:
 
     def groups(self) -> Iterator[tuple[tuple[str, str, str], int, int, int]]:
         """The table of what happens: ((role, scheme or dtype, reason), tensors, parameters, bytes) in order of first appearance."""
-        count, numel, nbytes = Counter(), Counter(), Counter()
+        count: Counter[tuple[str, str, str]] = Counter()
+        numel, nbytes = count.copy(), count.copy()
         for job in self.jobs:
             stored = (
                 str(job.scheme) if job.scheme else "/".join(dict.fromkeys(dtype for dtype, _ in job.writes.values()))

@@ -18,7 +18,7 @@ from typing import Any
 from fewbit.base.errors import FewbitError
 from fewbit.num.scheme import Scheme
 from fewbit.plan.devices import Device
-from fewbit.plan.jobs import Job
+from fewbit.plan.jobs import Job, Parts
 from fewbit.plan.kv import KvLayer, kv_bits, kv_bytes
 from fewbit.plan.resources import BASE_BYTES, budget
 from fewbit.plan.shapes import Model, Weight
@@ -216,7 +216,7 @@ def _job(weight: Weight, scheme: Scheme | None, nbytes: int) -> Job:
     """One of the engine's jobs, as far as its memory goes."""
     shape = weight.matrix if scheme is not None else weight.shape
     ops = ("transpose",) if shape != weight.shape else ()
-    writes = {weight.name: ("U8", (nbytes // max(1, weight.count),))}
+    writes: Parts = {weight.name: ("U8", (nbytes // max(1, weight.count),))}
     name = weight.name
     return Job(name, name, (name,), ops, shape, weight.dtype, weight.role, weight.layer, scheme, "rtn", "", writes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from fewbit.report.card import model_card
 from fewbit.report.page import report_html
 
 SCHEMA = "fewbit.eval/1"
+CARD = "README.md"
+MANIFEST = "fewbit-manifest.json"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -31,14 +34,32 @@ def write_report(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def write_cards(record: Mapping[str, Any]) -> list[Path]:
-    """README.md into the folder of every candidate that is one; returns the paths."""
+    """README.md into the folder of every candidate that is one, and into its manifest; returns the paths."""
     written = []
     for score in record["scores"]:
         folder = Path(score["name"]).expanduser()
         if score["path"] == "reference" and folder.is_dir():
-            write_text(folder / "README.md", model_card(record, score))
-            written.append(folder / "README.md")
+            text = model_card(record, score)
+            write_text(folder / CARD, text)
+            _list_in_manifest(folder, CARD, text.encode())
+            written.append(folder / CARD)
     return written
+
+
+def _list_in_manifest(folder: Path, name: str, data: bytes) -> None:
+    """Adds a file to the list of `fewbit-manifest.json`, as if the run had written it; a folder that fewbit did not make has none."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return
+    try:
+        facts = json.loads(manifest.read_text(encoding="utf-8"))
+        files = facts["files"]
+        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"the manifest cannot be read, so {name} cannot be listed in it: {type(error).__name__}: {error}"
+        raise InputError("FB-E0815", what, file=manifest) from None
+    facts["files"] = dict(sorted(files.items()))
+    write_text(manifest, readable_json(facts))
 
 
 def read_record(path: Path) -> dict[str, Any]:

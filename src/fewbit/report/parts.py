@@ -126,7 +126,7 @@ def _plot(record: Record) -> dict[str, Any]:
 
 def _fidelity(record: Record) -> dict[str, Any]:
     labels = names_of(record)
-    rows = []
+    rows: list[list[Any]] = []
     for item in sorted(record["scores"], key=lambda item: item["kl"]["value"]):
         cells = [_cell(item[key], scale, unit) for key, _, scale, unit, _ in MEASURES]
         rows.append(
@@ -156,26 +156,24 @@ def _fidelity(record: Record) -> dict[str, Any]:
 
 def _tails(record: Record) -> dict[str, Any]:
     labels = names_of(record)
-    heads = [
-        "candidate",
-        "KL median",
-        "90 %",
-        "99 %",
-        "99.9 %",
-        "max",
-        "Δp 1 %",
-        "Δp 5 %",
-        "Δp median",
-        "Δp 95 %",
-        "Δp 99 %",
-    ]
-    rows = []
-    for item in sorted(record["scores"], key=lambda item: item["kl"]["value"]):
-        kl = [_cell(item["kl_quantiles"][q]) for q in ("0.5", "0.9", "0.99", "0.999", "1.0")]
-        delta = [_cell(item["delta_p_quantiles"][q], 100, " %") for q in ("0.01", "0.05", "0.5", "0.95", "0.99")]
-        rows.append([labels[item["name"], item["path"]], *kl, *delta])
-    note = "KL of single tokens, in nats, and how the probability of the correct token changed, in points of a hundred. The mean hides the tail; these are the tail."
-    return _section("Tails", _table(heads, rows), note=note)
+    shown = sorted(record["scores"], key=lambda item: item["kl"]["value"])
+
+    def rows(quantiles: str, which: Sequence[str], scale: float = 1.0, unit: str = "") -> list[list[Any]]:
+        return [
+            [labels[item["name"], item["path"]], *(_cell(item[quantiles][q], scale, unit) for q in which)]
+            for item in shown
+        ]
+
+    loss = _table(
+        ["KL of single tokens, nats", "median", "90 %", "99 %", "99.9 %", "largest"],
+        rows("kl_quantiles", ("0.5", "0.9", "0.99", "0.999", "1.0")),
+    )
+    change = _table(
+        ["probability of the right token, change", "1 %", "5 %", "median", "95 %", "99 %"],
+        rows("delta_p_quantiles", ("0.01", "0.05", "0.5", "0.95", "0.99"), 100, " %"),
+        "In points of a hundred: of all tokens, 1 % lost at least what stands under 1 %.",
+    )
+    return _section("Tails", loss, change, note="The mean hides the tail; these are the quantiles.")
 
 
 def _sizes(record: Record) -> dict[str, Any]:

@@ -133,8 +133,13 @@ def _read_dataset(name: str) -> list[Document]:
     except ImportError:
         raise InputError("FB-E0730", f"{name!r} is no file, and dataset names need `pip install datasets`") from None
     path, _, split = name.partition("#")
-    rows = load_dataset(path, split=split or "train", streaming=True)
-    return [_document(row) for row, _ in zip(rows, range(4096), strict=False)]
+    try:
+        rows = load_dataset(path, split=split or "train", streaming=True)
+        return [_document(row) for row, _ in zip(rows, range(4096), strict=False)]
+    except Exception as error:  # whatever a name or the hub provokes in that library is bad input, named as such
+        reason = str(error).strip().splitlines()[:1] or [""]
+        what = f"{name!r} is no file and cannot be loaded as a dataset: {type(error).__name__}: {reason[0][:300]}"
+        raise InputError("FB-E0730", what) from None
 
 
 class Tokens:

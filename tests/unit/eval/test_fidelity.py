@@ -4,44 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from fewbit import api
-from fewbit.base.errors import InputError
+from fewbit.base.errors import InputError, ResourceError
 from fewbit.eval.fidelity import Options, study
+from fewbit.eval.room import Demand, Room, fitted, peak_bytes
+from fewbit.eval.stream import Runner
 from fewbit.eval.windows import windows
 from fewbit.run.hf import BlockModel
+from fewbit.run.source import open_source
 
 ROOT = Path(__file__).parents[3]
 SAMPLE = ROOT / "samples" / "sample"
 TEXT = str(ROOT / "samples" / "text" / "wikitext2-test.txt")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("candidates") / "out"
-    api.quantize(
-        SAMPLE, to=("compressed-tensors:int4-g128", "gguf:Q4_K_M"), out=out, verify=False, options={"search": "absmax"}
-    )
-    return out
-
-
-@pytest.fixture(scope="module")
-def int4(made: Path) -> Path:
-    return made / "compressed-tensors-int4-g128"
-
-
-@pytest.fixture(scope="module")
-def q4_k_m(made: Path) -> Path:
-    return made / "gguf-Q4_K_M"
-
-
 def test_perplexity_is_that_of_a_transformers_loop() -> None:
     transformers = pytest.importorskip("transformers")
-    options = Options(text=TEXT, tokens=1024, length=256)
+    options = Options(text=TEXT, tokens=512, length=128)
     found = study([SAMPLE], SAMPLE, options)
     model = transformers.AutoModelForCausalLM.from_pretrained(SAMPLE, dtype=torch.float32).eval()
     total = count = 0.0
@@ -53,7 +38,7 @@ def test_perplexity_is_that_of_a_transformers_loop() -> None:
     assert found.scores[0].measures["kl"][0] == 0.0 and found.scores[0].measures["top1"][0] == 1.0
 
 
-def test_candidates_share_one_pass_of_the_base(int4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_share_one_pass_of_the_base(tiny: Path, tiny_int4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
     real = BlockModel.run_block
 
@@ -63,37 +48,40 @@ def test_candidates_share_one_pass_of_the_base(int4: Path, monkeypatch: pytest.M
         return real(self, index, params, hidden, kwargs)
 
     monkeypatch.setattr(BlockModel, "run_block", counted)
-    found = study([int4] * 6, SAMPLE, Options(text=TEXT, tokens=256, length=128))
-    assert calls == 7 * 8 * 2  # seven passes, eight blocks, two windows
+    found = study([tiny_int4] * 6, tiny, Options(text=TEXT, tokens=256, length=128))
+    assert calls == 7 * 3 * 2  # seven passes, three blocks, two windows
     assert found.resources["forward_passes"] == 7
     assert len({json.dumps(score.record()["kl"]) for score in found.scores}) == 1
 
 
-def test_cache_is_small_exact_enough_and_reused(q4_k_m: Path, tmp_path: Path) -> None:
-    exact = study([q4_k_m], SAMPLE, Options(text=TEXT, tokens=2048))
-    options = Options(text=TEXT, tokens=2048, cache=tmp_path)
-    first, second = study([q4_k_m], SAMPLE, options), study([q4_k_m], SAMPLE, options)
-    assert (first.resources["forward_passes"], second.resources["forward_passes"]) == (2, 1) and second.resources[
-        "base_from_cache"
-    ]
+def test_cache_is_small_and_exact_enough_at_the_loss_of_q4_k(q4_k_m: Path, tmp_path: Path) -> None:
+    exact = study([q4_k_m], SAMPLE, Options(text=TEXT, tokens=1024))
+    first = study([q4_k_m], SAMPLE, Options(text=TEXT, tokens=1024, cache=tmp_path))
     assert first.resources["cache_bytes"] <= 0.02 * first.resources["full_logits_bytes"]
-    files = list(tmp_path.glob("*.safetensors"))
-    assert len(files) == 1 and files[0].stat().st_size <= 0.02 * first.resources["full_logits_bytes"] + 2000
+    (file,) = tmp_path.glob("*.safetensors")
+    assert file.stat().st_size <= 0.02 * first.resources["full_logits_bytes"] + 2000
     kl, true = first.scores[0].measures["kl"][0], exact.scores[0].measures["kl"][0]
     assert abs(kl - true) <= first.scores[0].kl_slack < 0.01 * true
     assert 0.005 < true < 0.03  # Q4_K's loss
-    assert second.scores[0].record() == first.scores[0].record()
     assert exact.scores[0].kl_slack == 0.0
-    assert first.scores[0].measures["base_perplexity"][0] == pytest.approx(
-        exact.scores[0].measures["base_perplexity"][0], rel=1e-6
-    )
-    study([q4_k_m], SAMPLE, Options(text=TEXT, tokens=1024, cache=tmp_path))
+    perplexity = exact.scores[0].measures["base_perplexity"][0]
+    assert first.scores[0].measures["base_perplexity"][0] == pytest.approx(perplexity, rel=1e-6)
+
+
+def test_cache_is_reused_for_the_same_tokens_only(tiny: Path, tiny_int4: Path, tmp_path: Path) -> None:
+    options = Options(text=TEXT, tokens=256, length=128, cache=tmp_path)
+    first, second = study([tiny_int4], tiny, options), study([tiny_int4], tiny, options)
+    assert (first.resources["forward_passes"], second.resources["forward_passes"]) == (2, 1)
+    assert second.resources["base_from_cache"] and second.scores[0].record() == first.scores[0].record()
+    (file,) = tmp_path.glob("*.safetensors")
+    study([tiny_int4], tiny, Options(text=TEXT, tokens=128, length=128, cache=tmp_path))
     assert len(list(tmp_path.glob("*.safetensors"))) == 2  # other tokens, another cache
-    files[0].write_bytes(b"torn")
-    assert not study([q4_k_m], SAMPLE, options).resources["base_from_cache"]
+    file.write_bytes(b"torn")
+    assert not study([tiny_int4], tiny, options).resources["base_from_cache"]
 
 
-def test_memory_limits_change_nothing_but_memory(int4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_pieces_change_nothing_but_memory(tiny: Path, tiny_int4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewbit.eval import fidelity
     from fewbit.run.acts import ActStore
 
     spilled: list[Path | None] = []
@@ -106,15 +94,47 @@ def test_memory_limits_change_nothing_but_memory(int4: Path, monkeypatch: pytest
         real(self, shape, dtype, batch, path)
 
     monkeypatch.setattr(ActStore, "__init__", watched)
-    free = study([int4], SAMPLE, Options(text=TEXT, tokens=1024))
+    options = Options(text=TEXT, tokens=512, length=128)
+    free = study([tiny_int4], tiny, options)
     assert spilled == [None, None]
-    tight = study([int4], SAMPLE, Options(text=TEXT, tokens=1024, ram=3_000_000))
+    smallest = Room(hidden=1000, row_bytes=1, batch_tokens=1)
+    monkeypatch.setattr(fidelity, "fitted", lambda *_: smallest)
+    tight = study([tiny_int4], tiny, options)
     assert all(path is not None and not path.exists() for path in spilled[2:]) and len(spilled) == 4
     assert tight.scores[0].measures["kl"][0] == pytest.approx(free.scores[0].measures["kl"][0], rel=1e-4)
 
 
-def test_skip_is_llama_cpps_protocol(int4: Path) -> None:
-    found = study([int4], SAMPLE, Options(text=TEXT, tokens=1024, length=512, skip=256))
+def test_pieces_shrink_until_a_limit_holds_or_it_is_refused(tiny: Path) -> None:
+    with open_source(tiny) as source:
+        runner, demand = Runner(source), Demand(windows=4096, length=512, scored=4096 * 511, candidates=2)
+        free = peak_bytes(runner, demand, Room())
+        room = fitted(runner, demand, before=10**8, ram=10**8 + free // 2)
+        assert room.spills(4096 * 512 * 64 * 4) and room.row_bytes < Room().row_bytes
+        assert peak_bytes(runner, demand, room) <= free // 2
+        assert fitted(runner, demand, before=10**8, ram=10**8 + free) == Room()
+        with pytest.raises(ResourceError, match="FB-E0813"):
+            fitted(runner, demand, before=10**8, ram=2 * 10**8)
+
+
+def test_the_limit_holds_in_a_process_of_its_own(tiny: Path, tiny_int4: Path) -> None:
+    """Measured by the system over the process's whole life; the prediction is an upper bound and no wild one."""
+    probe = [sys.executable, "-m", "fewbit.cli.main", "eval", str(tiny_int4), "--base", str(tiny), "--text", TEXT]
+    probe += ["--tokens", "8192", "--length", "1024", "--cache", "off", "--no-noise", "--json"]
+
+    def run(*more: str) -> dict:
+        done = subprocess.run([*probe, *more], capture_output=True, text=True, timeout=280, check=False)
+        return json.loads(done.stdout)
+
+    free = run()["resources"]
+    assert free["peak_bytes"] <= free["predicted_peak_bytes"] <= 1.5 * free["peak_bytes"]
+    limit = int(0.94 * free["predicted_peak_bytes"])
+    held = run("--ram", str(limit))["resources"]
+    assert held["peak_bytes"] <= held["predicted_peak_bytes"] <= limit
+    assert run("--ram", "200MB")["error"]["code"] == "FB-E0813"
+
+
+def test_skip_is_llama_cpps_protocol(tiny: Path, tiny_int4: Path) -> None:
+    found = study([tiny_int4], tiny, Options(text=TEXT, tokens=1024, length=512, skip=256))
     assert found.scores[0].tokens == 2 * 255 and int(found.per_token[0]["position"].min()) == 256
 
 
@@ -139,6 +159,43 @@ def test_conversations_score_the_assistant(tmp_path: Path) -> None:
     chosen = windows(str(file), SAMPLE, 64, None, 8192)
     share = float(chosen.scored[0].sum()) / int((chosen.tokens[0] != chosen.tokens[0, -1]).sum())
     assert 0.2 < share < 0.8
+
+
+def test_windows_longer_than_the_usual_and_than_the_context(tiny: Path, tiny_int4: Path) -> None:
+    found = study([tiny_int4], tiny, Options(text=TEXT, tokens=2048, length=1024))
+    assert found.windows.tokens.shape == (2, 1024) and found.scores[0].tokens == 2 * 1023
+    assert not any("longer" in line for line in found.warnings)
+    assert any(
+        "longer than the model's context of 1024" in line
+        for line in study([tiny_int4], tiny, Options(text=TEXT, tokens=2048, length=2048)).warnings
+    )
+
+
+def test_a_conversation_is_scored_through_the_template(tiny: Path, tiny_int4: Path) -> None:
+    plain = study([tiny_int4], tiny, Options(tokens=512, length=128))
+    chat = study([tiny_int4], tiny, Options(tokens=512, length=128, chat=True))
+    assert (
+        chat.record()["text"]["chat"] and 0 < chat.scores[0].tokens < plain.scores[0].tokens
+    )  # the request is not scored
+    assert chat.windows.digest != plain.windows.digest
+
+
+@pytest.mark.parametrize("kind", ["parquet", "dataset", "dataset#test"])
+def test_texts_of_every_kind(kind: str, tmp_path: Path) -> None:
+    """A parquet file, and a dataset by the name of its folder, with and without a split."""
+    rows = [
+        {"text": f"Document {i} tells of " + "foxes and of hounds, and of what they did " * (9 + i)} for i in range(8)
+    ]
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, part in (("train", rows[:6]), ("test", rows[6:])):
+        parquet.write_table(arrow.Table.from_pylist(part), folder / f"{split}.parquet")
+    if kind != "parquet":
+        pytest.importorskip("datasets")
+    name = str(folder / "train.parquet") if kind == "parquet" else str(folder) + kind.removeprefix("dataset")
+    chosen = windows(name, SAMPLE, 64, None, 8192)
+    assert set(chosen.clusters.tolist()) == (set(range(6)) if "#" not in kind else {0, 1})
 
 
 def test_bundled_text_is_held_out() -> None:

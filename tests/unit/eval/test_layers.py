@@ -40,13 +40,13 @@ def chosen() -> Windows:
     return windows(TEXT, SAMPLE, 64, 128, 8192)
 
 
-def test_shares_add_up_and_name_the_culprits(chosen: Windows) -> None:
-    with open_source(SAMPLE) as base:
+def test_shares_add_up_and_name_the_culprits(tiny: Path, chosen: Windows) -> None:
+    with open_source(tiny) as base:
         names = [
             f"model.layers.{i}.{part}.weight"
-            for i, part in ((0, "self_attn.v_proj"), (3, "mlp.up_proj"), (6, "mlp.down_proj"))
+            for i, part in ((0, "self_attn.v_proj"), (1, "mlp.up_proj"), (2, "mlp.down_proj"))
         ]
-        tensors = coarse(base, names, "int4-g128") | coarse(base, ["model.embed_tokens.weight"], "int6-channel")
+        tensors = coarse(base, names, "int4-g32") | coarse(base, ["model.embed_tokens.weight"], "int6-channel")
         found = layer_report(Runner(base), Runner(Changed(base, tensors)), chosen)
         shares = {item.name: item.share for item in found.tensors if item.share}
         assert set(shares) == set(tensors)
@@ -61,21 +61,21 @@ def test_shares_add_up_and_name_the_culprits(chosen: Windows) -> None:
         assert all(item.sqnr_db is not None for item in found.tensors if item.name in tensors)
 
 
-def test_an_equal_model_has_no_loss_anywhere(chosen: Windows) -> None:
-    with open_source(SAMPLE) as base:
+def test_an_equal_model_has_no_loss_anywhere(tiny: Path, chosen: Windows) -> None:
+    with open_source(tiny) as base:
         found = layer_report(Runner(base), Runner(base), chosen)
         assert found.kl == pytest.approx(0.0, abs=1e-9) and all(block.drift == 0.0 for block in found.blocks)
         assert all(item.sqnr_db is None for item in found.tensors) and found.notes == ()
 
 
-def test_rewritten_weights_are_said_to_be(chosen: Windows) -> None:
-    with open_source(SAMPLE) as base:
+def test_rewritten_weights_are_said_to_be(tiny: Path, chosen: Windows) -> None:
+    with open_source(tiny) as base:
         norm = "model.layers.2.input_layernorm.weight"
         found = layer_report(Runner(base), Runner(Changed(base, {norm: base.read(norm) * 2})), chosen, gradients=False)
         assert "rewritten" in found.notes[0]
 
 
-def test_damaged_tokens_are_shown_in_context() -> None:
-    found = study([SAMPLE], SAMPLE, Options(text=TEXT, tokens=256, length=128, look=1))
-    worst = found.extras["damaged"][str(SAMPLE)]
+def test_damaged_tokens_are_shown_in_context(tiny: Path) -> None:
+    found = study([tiny], tiny, Options(text=TEXT, tokens=256, length=128, look=1))
+    worst = found.extras["damaged"][str(tiny)]
     assert len(worst) == 12 and all(item["context"] and item["base_says"] == item["says"] for item in worst)

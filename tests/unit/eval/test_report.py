@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,24 +14,22 @@ import pytest
 from fewbit.base.errors import InputError
 from fewbit.eval.fidelity import Options, study
 from fewbit.report.card import model_card
-from fewbit.report.files import merged, read_record, write_report
+from fewbit.report.files import merged, read_record, write_cards, write_report
 from fewbit.report.page import report_html
 from fewbit.report.scores import study_page, with_error
 
 ROOT = Path(__file__).parents[3]
-SAMPLE = ROOT / "samples" / "sample"
 TEXT = str(ROOT / "samples" / "text" / "wikitext2-test.txt")
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def record(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     from fewbit import api
 
     folder = tmp_path_factory.mktemp("evil") / "<script>alert(1)</script>"
-    out = api.quantize(
-        SAMPLE, to="compressed-tensors:int4-g128", out=folder, verify=False, options={"search": "absmax"}
-    ).outputs[0]
-    return study([out, SAMPLE], SAMPLE, Options(text=TEXT, tokens=256, length=128, noise=True, look=1)).record()
+    options = {"search": "absmax"}
+    out = api.quantize(tiny, to="compressed-tensors:int4-g32", out=folder, verify=False, options=options).outputs[0]
+    return study([out, tiny], tiny, Options(text=TEXT, tokens=256, length=128, noise=True, look=1)).record()
 
 
 class Tags(HTMLParser):
@@ -100,12 +100,12 @@ def test_files_read_back_and_merge(record: dict, tmp_path: Path) -> None:
         read_record(tmp_path / "bad.json")
 
 
-def test_the_card_is_what_the_hub_wants(record: dict) -> None:
+def test_the_card_is_what_the_hub_wants(tiny: Path, record: dict) -> None:
     card = model_card(record, record["scores"][0])
     head = __import__("yaml").safe_load(card.split("---")[1])
     assert (
         head["base_model_relation"] == "quantized"
-        and head["base_model"] == str(SAMPLE)
+        and head["base_model"] == str(tiny)
         and head["license"] == "apache-2.0"
     )
     assert {"quantized", "fewbit", "compressed-tensors"} <= set(head["tags"])
@@ -124,3 +124,23 @@ def test_the_card_is_what_the_hub_wants(record: dict) -> None:
 )
 def test_values_with_errors(value: float | None, error: float | None, words: str) -> None:
     assert with_error(value, error) == words
+
+
+def test_a_card_stands_in_the_manifest(tiny: Path, tiny_int4: Path, tmp_path: Path) -> None:
+    out = tmp_path / "int4"
+    shutil.copytree(tiny_int4, out)
+    record = study([out], tiny, Options(text=TEXT, tokens=128, length=128)).record()
+    (card,) = write_cards(record)
+    assert card == out / "README.md" and "KL divergence" in card.read_text()
+    listed = json.loads((out / "fewbit-manifest.json").read_text())["files"]
+    assert listed["README.md"] == {
+        "bytes": card.stat().st_size,
+        "sha256": hashlib.sha256(card.read_bytes()).hexdigest(),
+    }
+    assert list(listed) == sorted(listed) and "model.safetensors" in listed
+    (out / "fewbit-manifest.json").write_text("[]")
+    with pytest.raises(InputError, match="FB-E0815"):
+        write_cards(record)
+    (out / "fewbit-manifest.json").unlink()
+    write_cards(record)
+    assert not (out / "fewbit-manifest.json").exists()

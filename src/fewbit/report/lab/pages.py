@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from fewbit.base.record import plain
 from fewbit.report.lab import svg
 from fewbit.report.lab.sections import Page, Plot, Section, Table, columns, listed, number
 
-if TYPE_CHECKING:  # the lab lives beside this package: its results are handed in
-    FormatFacts = NumberIn = Quantized = Granularity = OutlierDemo = BitsLine = Any
+# results of `eval.lab_*`, which lives beside this package: they are handed in, and told apart by name only
+FormatFacts: TypeAlias = Any
+NumberIn: TypeAlias = Any
+Quantized: TypeAlias = Any
+Granularity: TypeAlias = Any
+OutlierDemo: TypeAlias = Any
+BitsLine: TypeAlias = Any
 
 
 def format_page(facts: Sequence[FormatFacts], spacings: Mapping[str, Mapping[float, float]]) -> Page:
