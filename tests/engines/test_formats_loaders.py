@@ -118,7 +118,7 @@ def test_verify_notices_that_a_loader_reads_other_numbers(tmp_path: Path) -> Non
     from harness import interpreter, require_env
     from safetensors.torch import load_file, save_file
 
-    from fewbit.eval.loaders import open_with
+    from fewbit.eval.engines.check import open_with
     from fewbit.run.source import open_source
 
     require_env("hf")

@@ -130,7 +130,7 @@ def verify(
     Args:
         path: folder or file.
         base: the float checkpoint that it was made from, open or as a path; without one nothing is said of its values.
-        engine: a real loader that opens it in a process of its own (transformers, vllm), see `eval.loaders`.
+        engine: a real loader that opens it in a process of its own, see `eval.engines`.
         python: interpreter of the environment that has the engine; None for our own.
         limit: findings of one kind after which counting stops.
     """
@@ -154,15 +154,15 @@ def verify(
 
 def _with_engine(found: Verified, source: Source, engine: str, python: str | None) -> Verified:
     """What a real loader says is one finding more, or a note."""
-    from fewbit.eval.loaders import open_with
+    from fewbit.eval.engines.check import open_with
 
     opened = open_with(engine, source, python=python)
     if opened.problem:
         return replace(
             found,
-            findings=(*found.findings, Finding("engine", "", f"{engine} {opened.version} {opened.problem}".strip())),
+            findings=(*found.findings, Finding("engine", "", f"{opened.version or engine} {opened.problem}")),
         )
-    note = f"{engine} {opened.version} loads it, {opened.difference:.2g} nats a token from the decoded weights"
+    note = f"{opened.version} loads it, {opened.difference:.2g} nats a token from the decoded weights"
     return replace(found, notes=(*found.notes, note))
 
 

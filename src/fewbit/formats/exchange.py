@@ -93,6 +93,14 @@ def conversion(
     return to_scheme(scheme, fitting[0], shape)
 
 
+def out_of_order(one: Conversion, target: str) -> Conversion:
+    """The same conversion of a weight whose columns lie in an order that the target cannot store: groups of neighbours are formed anew."""
+    if one.scheme is None or one.scheme.is_leaf or not one.by_codes or not one.scheme.blocks.cols:
+        return one  # values in any order, or one scale a row
+    how = f"columns are in an order of their own, which {target} cannot store: values rounded anew to {one.scheme}"
+    return Conversion("re-gridded", one.scheme, how, predicted_error(one.scheme.weights_only))
+
+
 def _bits(scheme: Scheme | None, shape: tuple[int, ...]) -> int:
     return scheme.storage_bits(shape) if scheme is not None else 0
 

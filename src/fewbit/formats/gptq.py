@@ -290,6 +290,7 @@ def _format(name: str, version: int, engines: tuple[str, ...]) -> Format:
         config=config,
         detect=detect,
         conform=conform,
+        ordered=True,
     )
 
 

@@ -17,11 +17,18 @@ from fewbit.num.scheme import Scheme, leaf
 _KEEPABLE = ("input_scale", "divisor", "multiple", "permutation")
 
 
-def regrid(q: QTensor, scheme: Scheme) -> tuple[QTensor, float]:
+def regrid(q: QTensor, scheme: Scheme, *, ordered: bool = False) -> tuple[QTensor, float]:
     """The tensor in another scheme, and the relative error ||w - w'|| / ||w|| that this cost: 0.0 when every value is the same float32.
 
     Codes are kept where the target's grid and blocks permit (see `exchange.image`); else the values are rounded anew with a searched scale.
+
+    Args:
+        ordered: whether columns may stay in an order of their own (`sides["permutation"]`); else they go back to that of the inputs.
     """
+    if not ordered and "permutation" in q.sides and not scheme.is_leaf:
+        if q.scheme.blocks.cols or scheme.blocks.cols:  # groups were of scattered columns
+            return _measured(q, _with_inputs(quantize(scheme.weights_only, q.dequantize(), search=Search()), q, scheme))
+        q = _back_in_order(q)
     if q.scheme == scheme:
         return q, 0.0
     if scheme.is_leaf:
@@ -32,8 +39,18 @@ def regrid(q: QTensor, scheme: Scheme) -> tuple[QTensor, float]:
             out = _by_codes(q, scheme) or _whole_zeros(q, scheme)
         if out is None:
             out = _with_inputs(quantize(scheme.weights_only, q.dequantize(), search=Search()), q, scheme)
+    return _measured(q, out)
+
+
+def _measured(q: QTensor, out: QTensor) -> tuple[QTensor, float]:
     before, after = q.dequantize(), out.dequantize()
     return out, 0.0 if torch.equal(before, after) else relative_error(before, after)
+
+
+def _back_in_order(q: QTensor) -> QTensor:
+    """The same weight with its columns in the order of the inputs, for blocks that no order matters to."""
+    codes = q.codes.reshape(q.shape)[..., torch.argsort(q.sides["permutation"])]
+    return replace(q, codes=codes, sides={name: side for name, side in q.sides.items() if name != "permutation"})
 
 
 def _as_leaf(q: QTensor, scheme: Scheme) -> QTensor:

@@ -78,6 +78,7 @@ class Format:
         engines: what loads it, for `fewbit formats` and the advisor.
         config: (source config, Assignment) -> (new config.json, {file name: JSON data} written beside it).
         one_scheme: whether all quantised weights of a checkpoint must have the same scheme, as the config has room for one.
+        ordered: whether columns may be stored in an order of their own (GPTQ's g_idx).
         conform: (scheme, model dtype) -> the scheme as this format stores it (e.g. scales in the model's dtype).
     """
 
@@ -94,6 +95,7 @@ class Format:
     detect: Callable[[dict[str, Any], Manifest], dict[str, Stored] | None]
     conform: Callable[[Scheme, str], Scheme] = lambda scheme, dtype: scheme
     one_scheme: bool = False
+    ordered: bool = False
 
 
 # name -> module that defines FORMAT (or module:NAME of the row); the order is the order of detection and of `fewbit formats`

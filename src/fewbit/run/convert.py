@@ -16,7 +16,8 @@ from typing import Any
 import fewbit
 from fewbit.base.errors import InputError, Refusals
 from fewbit.base.record import plain, readable_json
-from fewbit.formats.exchange import KINDS, Conversion, conversion
+from fewbit.formats.exchange import KINDS, Conversion, conversion, out_of_order
+from fewbit.formats.gguf.plan import GgufPlan
 from fewbit.formats.regrid import regrid
 from fewbit.formats.table import Assignment, format_named
 from fewbit.num.scheme import Scheme, parse_scheme
@@ -36,12 +37,14 @@ class ConversionPlan:
         source, target: format names; the source's is "dense" for plain weights.
         weights: weight name -> what becomes of it.
         kept: tensors that are copied as they are.
+        gguf: the file to write, where the target is one.
     """
 
     source: str
     target: str
     weights: dict[str, Conversion]
     kept: tuple[str, ...]
+    gguf: GgufPlan | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -99,33 +102,52 @@ def plan_conversion(source: Source, target: str) -> ConversionPlan:
         target: `FORMAT` or `FORMAT:SCHEME`.
 
     Raises:
-        InputError: FB-E0604 or FB-E0601 for unknown words; FB-E0622 for a container that this does not write.
+        InputError: FB-E0604 or FB-E0601 for unknown words; FB-E0622 for a source with nothing to convert; FB-E0320 to FB-E0330 for a GGUF
+            of a model that has no table.
     """
     name, _, spelling = target.partition(":")
     form = format_named(name)
-    held = source.format.container if source.format else "safetensors"
-    if form.container != "safetensors" or held != "safetensors":
-        raise InputError(
-            "FB-E0622", f"convert goes between folders of safetensors, not from {held} to {form.container}"
-        )
     if not source.quantised:
         raise InputError(
             "FB-E0622", "the checkpoint is not quantised: there are no codes to carry over", file=source.root
         )
-    wanted = parse_scheme(spelling) if spelling else None
+    held = source.format.name if source.format else "dense"
+    source = convertible(source)
     dtype = model_dtype(source)
+    if form.container == "gguf":
+        if held == name:
+            raise InputError("FB-E0622", "a GGUF becomes another GGUF by `fewbit quantize`", file=source.root)
+        from fewbit.run.convert_gguf import plan_to_gguf
+
+        found, planned = plan_to_gguf(source, spelling, dtype)
+        if _reordered(source):
+            found = {weight: out_of_order(one, name) for weight, one in found.items()}
+        return ConversionPlan(held, name, found, tuple(n for n in source.manifest if n not in found), planned)
+    wanted = parse_scheme(spelling) if spelling else None
     weights = {
         weight: conversion(stored.scheme, tuple(stored.shape), name, dtype, wanted)
         for weight, stored in source.stored.items()
     }
+    if _reordered(source) and not form.ordered:
+        weights = {weight: out_of_order(one, name) for weight, one in weights.items()}
     if form.one_scheme and len({one.scheme for one in weights.values()}) > 1:
         weights = _agreed(source, name, dtype, weights)
-    return ConversionPlan(
-        source.format.name if source.format else "dense",
-        name,
-        weights,
-        tuple(n for n in source.manifest if n not in weights),
-    )
+    return ConversionPlan(held, name, weights, tuple(n for n in source.manifest if n not in weights))
+
+
+def convertible(source: Source) -> Source:
+    """The source under its checkpoint's names, weights still quantised: a GGUF has names and layouts of its own."""
+    if source.format is None or source.format.container != "gguf":
+        return source
+    from fewbit.run.convert_gguf import GgufQuantised
+
+    return source if isinstance(source, GgufQuantised) else GgufQuantised(source)
+
+
+def _reordered(source: Source) -> bool:
+    """Whether columns may lie in an order of their own (GPTQ's `desc_act`); the data would say, the config says so beforehand."""
+    settings = source.checkpoint.config.get("quantization_config") or {}
+    return bool(settings.get("desc_act")) and any(stored.facts.get("g_idx") for stored in source.stored.values())
 
 
 def _agreed(source: Source, target: str, dtype: str, weights: dict[str, Conversion]) -> dict[str, Conversion]:
@@ -167,14 +189,17 @@ def convert(
     Raises:
         Refusals: before anything is written, with every weight that cannot be converted as asked. InputError: as `plan_conversion`.
     """
-    source = path if isinstance(path, Source) else open_source(path)
+    opened = path if isinstance(path, Source) else open_source(path)
     try:
-        plan = plan_conversion(source, to)
+        plan = plan_conversion(opened, to)
+        source = convertible(opened)
         _refuse(plan, source, allow_lossy)
+        if plan.gguf is not None:
+            return _write_gguf(plan, plan.gguf, source, Path(out), overwrite, on_weight)
         return _write(plan, source, Path(out), overwrite, shard_bytes, on_weight)
     finally:
-        if source is not path:
-            source.close()
+        if opened is not path:
+            opened.close()
 
 
 def _refuse(plan: ConversionPlan, source: Source, allow_lossy: bool) -> None:
@@ -211,12 +236,8 @@ def _write(
             entries += [(part, *spec) for part, spec in form.parts(name, one.scheme, shapes[name]).items()]
     schemes: dict[str, Scheme] = {name: one.scheme for name, one in plan.weights.items() if one.scheme is not None}
     matrices = tuple(name for name in plan.kept if len(source.manifest[name].shape) > 1)
-    permuted = any(stored.facts.get("g_idx") for stored in source.stored.values()) and bool(
-        _settings(source).get("desc_act")
-    )
-    config, beside = form.config(
-        source.config, Assignment(schemes, matrices, solver="convert", options={"desc_act": permuted})
-    )
+    options = {"desc_act": _reordered(source) and form.ordered}
+    config, beside = form.config(source.config, Assignment(schemes, matrices, solver="convert", options=options))
     errors: dict[str, float] = {}
     state = hashlib.sha256()
     with ShardWriter(
@@ -225,11 +246,11 @@ def _write(
         for name in source.manifest:
             one = plan.weights.get(name)
             if one is None:
-                writer.write(name, source.checkpoint.read(name))
+                writer.write(name, source.read(name))
                 continue
             q = source.qtensor(name)
             assert q is not None and one.scheme is not None
-            new, error = regrid(q, one.scheme)
+            new, error = regrid(q, one.scheme, ordered=form.ordered)
             if error:
                 errors[name] = error
             for part, tensor in form.encode(name, new).items():
@@ -240,22 +261,57 @@ def _write(
         small = {"config.json": readable_json(config).encode()}
         small |= {name: readable_json(data).encode() for name, data in beside.items()}
         copies = [file for file in source.checkpoint.aux_files if file.name not in small]
-        facts = {
-            "fewbit": fewbit.__version__,
-            "source": str(source.root),
-            "converted": {"from": plan.source, "to": plan.target, "counts": plan.counts, "errors": plain(errors)},
-            "format": plan.target,
-            "schemes": {
-                name: str(source.stored[name].scheme if scheme.is_leaf else scheme) for name, scheme in schemes.items()
-            },
-            "codes_sha256": state.hexdigest(),
+        stored_as = {
+            name: str(source.stored[name].scheme if scheme.is_leaf else scheme) for name, scheme in schemes.items()
         }
-        place = writer.finish(small, copies, facts)
-    return Converted(plan, place, errors, sum(file.stat().st_size for file in place.rglob("*") if file.is_file()))
+        place = writer.finish(small, copies, _facts(plan, source, stored_as, errors, state.hexdigest()))
+    return Converted(plan, place, errors, _size(place))
 
 
-def _settings(source: Source) -> dict[str, Any]:
-    return source.checkpoint.config.get("quantization_config") or {}
+def _facts(
+    plan: ConversionPlan, source: Source, schemes: dict[str, str], errors: dict[str, float], codes: str
+) -> dict[str, Any]:
+    """What `fewbit-manifest.json` says of a conversion."""
+    return {
+        "fewbit": fewbit.__version__,
+        "source": str(source.root),
+        "converted": {"from": plan.source, "to": plan.target, "counts": plan.counts, "errors": plain(errors)},
+        "format": plan.target,
+        "schemes": schemes,
+        "codes_sha256": codes,
+    }
+
+
+def _size(place: Path) -> int:
+    return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+
+
+def _write_gguf(
+    plan: ConversionPlan,
+    planned: GgufPlan,
+    source: Source,
+    out: Path,
+    overwrite: bool,
+    on_weight: Callable[[str, Conversion, float], None] | None,
+) -> Converted:
+    from fewbit.formats.gguf.card import modelfile
+    from fewbit.run.convert_gguf import gguf_tensors
+    from fewbit.store.gguf_layout import lay_out_gguf
+
+    errors: dict[str, float] = {}
+    state = hashlib.sha256()
+    layout = lay_out_gguf(planned.layout_rows(), planned.metadata, stem=f"{source.root.name}-{planned.recipe.name}")
+    with ShardWriter(out, layout, overwrite=overwrite, sources=[source.root]) as writer:
+        for name, data, reads in gguf_tensors(planned, source, errors):
+            writer.write_at(name, 0, as_bytes(data.contiguous()))
+            state.update(as_bytes(data.contiguous()))
+            for weight in reads if on_weight is not None else ():
+                if weight in plan.weights and on_weight is not None:
+                    on_weight(weight, plan.weights[weight], errors.get(weight, 0.0))
+        small = {"Modelfile": modelfile([shard.name for shard in layout.shards], planned).encode()}
+        schemes = {tensor.name: str(tensor.scheme) for tensor in planned.tensors if tensor.scheme is not None}
+        place = writer.finish(small, [], _facts(plan, source, schemes, errors, state.hexdigest()))
+    return Converted(plan, place, errors, _size(place))
 
 
 def _true_shapes(plan: ConversionPlan, source: Source) -> dict[str, tuple[int, ...]]:

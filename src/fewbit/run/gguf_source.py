@@ -6,6 +6,7 @@ From GGUF to GGUF none of this is needed: tensors keep their names there, and bl
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,8 +15,13 @@ from fewbit.base.errors import InputError
 from fewbit.formats.gguf.encode import checkpoint_tensor, decoded, users
 from fewbit.formats.gguf.inverse import ROPE_TENSORS, inverse
 from fewbit.formats.gguf.metadata import GgufManifest
+from fewbit.formats.gguf.tokenizer import tokenizer_files
 from fewbit.num.qtensor import QTensor
 from fewbit.run.source import Source
+
+GLOBAL_SCALE = (
+    "scale"  # `x.scale` beside NVFP4 blocks `x.weight`: what all of them are multiplied by, one number per expert
+)
 
 
 class GgufAsCheckpoint(Source):
@@ -30,9 +36,18 @@ class GgufAsCheckpoint(Source):
         if not isinstance(held, GgufManifest):
             raise InputError("FB-E0301", "the source is no GGUF file", file=source.root)
         self.checkpoint = source.checkpoint
+        beside = {
+            name.removesuffix("weight") + word
+            for name, info in held.items()
+            if info.dtype == "GGML:NVFP4"
+            for word in (GLOBAL_SCALE, "input_scale")
+        }
+        held = replace(held, tensors={name: info for name, info in held.items() if name not in beside})
         found = inverse(held, {name: self.checkpoint.read(name).tolist() for name in ROPE_TENSORS if name in held})
         self.config, self.manifest = found.config, found.manifest
         self.format, self.stored = source.format, {}  # format: what it lies in, for messages; the tensors are floats
+        self.small_files, said = tokenizer_files(held.typed)
+        self.checkpoint.warnings = [*self.checkpoint.warnings, *said]
         self._readers = users(found.targets)
 
     @property
@@ -42,7 +57,16 @@ class GgufAsCheckpoint(Source):
 
     def _values(self, name: str) -> torch.Tensor:
         info = self.checkpoint.manifest[name]
-        return decoded(info.dtype.removeprefix("GGML:"), self.checkpoint.read(name), info.shape, name)
+        values = decoded(info.dtype.removeprefix("GGML:"), self.checkpoint.read(name), info.shape, name)
+        over = self.global_scale(name)
+        return values if over is None else values * (over.reshape(-1, 1, 1) if values.ndim == 3 else over)
+
+    def global_scale(self, name: str) -> torch.Tensor | None:
+        """What a GGUF tensor of NVFP4 blocks is multiplied by as a whole, float32 [matrices] or [1]; None when there is nothing."""
+        beside = name.removesuffix("weight") + GLOBAL_SCALE
+        held = self.checkpoint.manifest
+        there = held[name].dtype == "GGML:NVFP4" and beside in held
+        return self.checkpoint.read(beside).float().reshape(-1) if there else None
 
     def made_of(self, name: str) -> str:
         """The GGUF tensor that a tensor of the checkpoint lies in (the first, where there are several)."""

@@ -47,6 +47,10 @@ def kind_of(path: Path) -> str:
     require_regular(path)
     with open(path, "rb") as file:
         head = file.read(64)
+    # a safetensors header is below 2^27 bytes, so its bytes 4 to 8 are zero, and it opens with a brace; asked first, for a header of
+    # 640 bytes begins as a pickle does
+    if len(head) >= 9 and head[4:8] == b"\0\0\0\0" and head[8:9] == b"{":
+        return "safetensors"
     for magic, kind in _MAGIC:
         if head.startswith(magic):
             return kind
@@ -54,9 +58,6 @@ def kind_of(path: Path) -> str:
         return "pickle"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         return "html"
-    # a safetensors header is below 2^27 bytes, so its bytes 4 to 8 are zero, and it opens with a brace
-    if len(head) >= 9 and head[4:8] == b"\0\0\0\0" and head[8:9] == b"{":
-        return "safetensors"
     return "unknown"
 
 

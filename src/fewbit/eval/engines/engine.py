@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +23,8 @@ ENGINES = {
     "llama.cpp": ("run_llamacpp.py", "llama_cpp", "llama-cpp-python"),
     "vllm": ("run_vllm.py", "vllm", "vllm"),
     "transformers": ("run_transformers.py", "transformers", "transformers"),
+    "gptqmodel": ("run_gptqmodel.py", "gptqmodel", "gptqmodel"),
+    "mlx": ("run_mlx.py", "mlx_lm", "mlx-lm"),
 }
 HIDDEN = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONSTARTUP"}
 
@@ -32,15 +35,17 @@ class Engine:
 
     Attributes:
         name: of `ENGINES`. python: interpreter that has it. device: "cpu" or "cuda". options: further fields of the job (dtype, cache).
+        timeout: seconds after which its process is ended; None to wait as long as it takes.
     """
 
     name: str
     python: Path
     device: str = "cpu"
     options: tuple[tuple[str, Any], ...] = ()
+    timeout: float | None = None
 
     @contextlib.contextmanager
-    def open(self, model: str, tokens: torch.Tensor) -> Iterator[Callable[[int, torch.Tensor], torch.Tensor]]:
+    def open(self, model: str, tokens: torch.Tensor) -> Iterator[Frames]:
         """While this lasts: (window, positions) -> logits float32 [positions, vocab], windows asked for in order.
 
         Raises:
@@ -61,10 +66,15 @@ class Engine:
                 process = subprocess.Popen(
                     [str(self.python), str(script), str(job)], stdout=subprocess.PIPE, stderr=errors, env=_environment()
                 )
+                watch = threading.Timer(self.timeout, process.kill) if self.timeout else None
                 try:
                     assert process.stdout is not None
-                    yield _Frames(process.stdout, tokens.shape[1], self.name, model, Path(errors.name)).take
+                    if watch is not None:
+                        watch.start()
+                    yield Frames(process.stdout, tokens.shape[1], self.name, model, Path(errors.name))
                 finally:
+                    if watch is not None:
+                        watch.cancel()
                     process.kill()
                     process.wait()
                     assert process.stdout is not None
@@ -82,15 +92,21 @@ def _environment() -> dict[str, str]:
     return kept | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-class _Frames:
-    """The windows of an engine's answer, read as they come."""
+class Frames:
+    """The windows of an engine's answer, read as they come; called with a window and positions it gives their logits.
+
+    Attributes:
+        version: what the engine calls itself, after the first window.
+        missing: parameters that it did not find and filled with random numbers, where it says so.
+    """
 
     def __init__(self, stream: IO[bytes], length: int, engine: str, model: str, errors: Path) -> None:
         self._stream, self._length, self._engine, self._model, self._errors = stream, length, engine, model, errors
         self._window, self._vocab = -1, 0
         self._frame = torch.empty(0)
+        self.version, self.missing = "", tuple[str, ...]()
 
-    def take(self, window: int, positions: torch.Tensor) -> torch.Tensor:
+    def __call__(self, window: int, positions: torch.Tensor) -> torch.Tensor:
         if self._window < 0:
             self._begin()
         while self._window < window:
@@ -107,6 +123,7 @@ class _Frames:
         if not answer["ok"]:
             raise self._error(answer["message"])
         self._vocab = int(answer["vocab"])
+        self.version, self.missing = str(answer.get("engine", "")), tuple(answer.get("missing", ()))
 
     def _error(self, what: str) -> InputError:
         last = (

@@ -11,12 +11,16 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 wire = importlib.import_module("wire")
 
 
-def run(job: dict[str, Any]) -> tuple[int, str, Any]:
+def run(job: dict[str, Any]) -> tuple[int, str, Any, list[str]]:
     torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
     torch.set_num_threads(job["threads"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        job["model"], dtype=getattr(torch, job.get("dtype", "float32")), local_files_only=True
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        job["model"],
+        dtype=getattr(torch, job.get("dtype", "float32")),
+        local_files_only=True,
+        output_loading_info=True,
     )
+    lost = sorted(map(str, [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]))
     model = model.to(job.get("device", "cpu")).eval()
 
     def frames() -> Any:
@@ -26,7 +30,7 @@ def run(job: dict[str, Any]) -> tuple[int, str, Any]:
 
     with torch.inference_mode():
         vocab = int(model(torch.tensor([job["tokens"][0][:2]], device=model.device)).logits.shape[-1])
-    return vocab, f"transformers {transformers.__version__}", frames()
+    return vocab, f"transformers {transformers.__version__}", frames(), lost
 
 
 if __name__ == "__main__":
