@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -209,33 +211,32 @@ except InputError as error:
 """
 
 
-def test_the_library_against_a_site(hub: FolderHub, tmp_path: Path) -> None:
-    """The real client over HTTP, in a process of its own because it reads its settings when imported."""
-    pytest.importorskip("huggingface_hub")
-    site = type("OneSite", (Site,), {"content": hub.content, "asked": []})
+@contextlib.contextmanager
+def served(content: Path, home: Path) -> Iterator[tuple[type[Site], dict[str, str]]]:
+    """A site on this machine that serves a repository, and the environment in which the real client asks it."""
+    site = type("OneSite", (Site,), {"content": content, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), site)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    own = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    env = {
-        **os.environ,
-        **own,
-        "PYTHONPATH": str(Path(__file__).parents[3] / "src"),
-        "HF_HUB_OFFLINE": "0",
-        "NO_PROXY": "127.0.0.1",
-    }
+    own = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    source = str(Path(__file__).parents[3] / "src")
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", _CHILD], env=env, capture_output=True, text=True, timeout=120, check=False
-        )
+        yield site, {**os.environ, **own, "PYTHONPATH": source, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def child(env: dict[str, str], *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_library_against_a_site(hub: FolderHub, tmp_path: Path) -> None:
+    """The real client over HTTP, in a process of its own because it reads its settings when imported."""
+    pytest.importorskip("huggingface_hub")
+    with served(hub.content, tmp_path / "home") as (site, env):
+        done = child(env, "-c", _CHILD)
     assert done.stdout.splitlines() == ["['a', 'b', 'c']", f"{TENSORS['a'].tolist()} {COMMIT}", "FB-E0131"], done.stderr
     first = next(name for name, _ in site.asked if name.startswith("model-00001"))
     whole = {name for name, how in site.asked if name.endswith(".safetensors") and how == "GET"}
@@ -243,11 +244,24 @@ def test_the_library_against_a_site(hub: FolderHub, tmp_path: Path) -> None:
     assert {name for name, how in site.asked if how == "GET range"} >= {
         path.name for path in hub.content.glob("*.safetensors")
     }
-    env["HF_HUB_OFFLINE"] = "1"  # what was fetched is in the cache, the other shards are not
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD], env=env, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert "FB-E0123" in done.stderr
+    # what was fetched is in the cache, the other shards are not
+    assert "FB-E0123" in child({**env, "HF_HUB_OFFLINE": "1"}, "-c", _CHILD).stderr
+
+
+def test_a_plan_of_a_hub_id_reads_headers_only(tmp_path: Path) -> None:
+    """`fewbit plan ORG/NAME` over HTTP: no byte of a weight beyond the first request of each shard, the same page as for the folder."""
+    pytest.importorskip("huggingface_hub")
+    content = tmp_path / "content"
+    sample = Path(__file__).parents[3] / "samples" / "sample"
+    shutil.copytree(sample, content)
+    with served(content, tmp_path / "home") as (site, env):
+        done = child(env, "-m", "fewbit.cli.main", "plan", "org/name", "--json")
+        found = json.loads(done.stdout)
+    local = json.loads(child(env, "-m", "fewbit.cli.main", "plan", str(sample), "--json").stdout)
+    assert found["model"]["source"] == "headers" and found["model"]["params"] == local["model"]["params"]
+    assert found["storages"] == json.loads(json.dumps(local["storages"]).replace(str(sample), "org/name"))
+    shards = [how for name, how in site.asked if name.endswith(".safetensors")]
+    assert shards and set(shards) <= {"HEAD", "GET range"}
 
 
 def test_the_library_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
