@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_models import plan_of, write_gguf
+from gguf_models import SAMPLE, plan_of, write_gguf
 from harness import require_env, run_driver
 
+from fewbit.formats.gguf.metadata import GgufManifest
+from fewbit.formats.gguf.plan import GgufPlan, requantised
 from fewbit.formats.gguf.recipes import choose, recipe_named, recipe_names
+from fewbit.store.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.engines
 
@@ -44,11 +48,8 @@ def _checkpoint(name: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_types_are_those_of_llama_quantize(name: str, tmp_path: Path) -> None:
-    require_env("llamacpp")
-    folder = _checkpoint(name, tmp_path / "model")
-    _, file = write_gguf(folder, tmp_path / "f32", "F32")
+def _compare(file: Path, plan: Callable[[str, bool], GgufPlan]) -> None:
+    """Holds our choices for a model against the dry run of llama-quantize on it."""
     cases = [(recipe, imatrix) for recipe in (*recipe_names(), "pure-q4_k") for imatrix in (False, True)]
     wishes = []
     for recipe, imatrix in cases:
@@ -58,7 +59,7 @@ def test_types_are_those_of_llama_quantize(name: str, tmp_path: Path) -> None:
     answer = run_driver("llamacpp", "gguf_quantize", {"model": str(file), "recipes": wishes})
     differences, compared = {}, 0
     for (recipe, imatrix), theirs, needed in zip(cases, answer["types"], answer["needs"], strict=True):
-        ours = {tensor.name: tensor for tensor in plan_of(folder, recipe, imatrix=imatrix).tensors}
+        ours = {tensor.name: tensor for tensor in plan(recipe, imatrix).tensors}
         if theirs is None:  # it has no fallback for some types and gives up, where we keep F16; NVFP4 it only reads
             assert recipe == "NVFP4" or any("falls back on F16" in tensor.reason for tensor in ours.values()), recipe
             continue
@@ -74,6 +75,36 @@ def test_types_are_those_of_llama_quantize(name: str, tmp_path: Path) -> None:
         compared += 1
     assert not differences
     assert compared > len(cases) / 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_types_are_those_of_llama_quantize(name: str, tmp_path: Path) -> None:
+    require_env("llamacpp")
+    folder = _checkpoint(name, tmp_path / "model")
+    _, file = write_gguf(folder, tmp_path / "f32", "F32")
+    _compare(file, lambda recipe, imatrix: plan_of(folder, recipe, imatrix=imatrix))
+
+
+def test_types_of_falcon(tmp_path: Path) -> None:
+    """An architecture that llama-quantize treats apart and that we know as a GGUF alone, made by llama.cpp's own converter."""
+    require_env("llamacpp")
+    import shutil
+
+    import torch
+    import transformers
+
+    config = transformers.FalconConfig(
+        vocab_size=8192, hidden_size=256, num_hidden_layers=17, num_attention_heads=4, alibi=False
+    )
+    folder = tmp_path / "model"
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(SAMPLE / file, folder / file)
+    run_driver("hf", "convert", {"model": folder, "out": tmp_path / "falcon.gguf", "outtype": "f32", "pre": "falcon"})
+    with open_checkpoint(tmp_path / "falcon.gguf") as source:
+        manifest = source.manifest
+    assert isinstance(manifest, GgufManifest)
+    _compare(tmp_path / "falcon.gguf", lambda recipe, imatrix: requantised(manifest, recipe, imatrix=imatrix))
 
 
 def test_order_of_tensors_does_not_matter() -> None:

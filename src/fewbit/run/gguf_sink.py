@@ -1,18 +1,23 @@
-"""Sink for a GGUF output: the file, split where asked, with an Ollama Modelfile beside it."""
+"""Sink for a GGUF output: the file, split where asked, with a model card and an Ollama Modelfile beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fewbit.base.errors import QualityError
+from fewbit.formats.gguf.card import model_card, modelfile
 from fewbit.formats.gguf.encode import source_values, tensor_bytes
 from fewbit.formats.gguf.plan import GgufPlan, PlannedTensor
 from fewbit.formats.gguf.types import FLOATS
+from fewbit.math.stats import Stats
 from fewbit.plan.jobs import Job, Output
+from fewbit.run.imatrix import imatrix_bytes
+from fewbit.run.imatrix_kept import keep_stats, kept_matrix
 from fewbit.run.sinks import ShardSink, facts_of, row_pieces
 from fewbit.run.source import Source
 from fewbit.store.checkpoint import open_checkpoint
@@ -20,6 +25,8 @@ from fewbit.store.gguf_layout import lay_out_gguf
 from fewbit.store.writer import ShardWriter
 
 ONE_FILE = 1 << 62
+IMATRIX_NAME, IMATRIX_PARTS = "imatrix.dat", "imatrix"  # not .gguf: it is no second model
+MAX_TEXT = 1 << 20  # bytes of a card or a JSON file that are read for the texts beside the output
 
 
 class GgufSink(ShardSink):
@@ -46,13 +53,38 @@ class GgufSink(ShardSink):
         else:
             yield tensor_bytes(tensor, source_values(tensor, source.read))
 
+    def saw(self, name: str, stats: Mapping[int | None, Stats]) -> None:
+        """Keeps the statistics in the scratch folder until the importance matrix is written: a killed run goes on with the next block."""
+        keep_stats(self.scratch / IMATRIX_PARTS, name, stats)
+
     def finish(self, record: dict[str, Any]) -> Path:
         self.close_journal()
-        first = self.writer.layout.shards[0].name
-        small = {"Modelfile": modelfile(first, self.output.carry).encode()}
+        files = [shard.name for shard in self.writer.layout.shards]
+        plan, target = self.output.carry, self.output.target
+        small = {
+            "README.md": model_card(plan, files, record, target, self._beside("README.md")).encode(),
+            "Modelfile": modelfile(files, plan, self._generation()).encode(),
+        }
+        matrix = kept_matrix(self.scratch / IMATRIX_PARTS, plan.tensors, record["recipe"])
+        if matrix is not None:
+            small[IMATRIX_NAME] = imatrix_bytes(matrix)
         place = self.writer.finish(small, [], facts_of(self.output, record))
         self._audit(place)
         return place
+
+    def _beside(self, name: str) -> str:
+        """Text of a file that lies beside the source's weights, empty without one."""
+        path = self.source.root / name
+        if not self.source.root.is_dir() or not path.is_file() or path.stat().st_size > MAX_TEXT:
+            return ""
+        return path.read_text(encoding="utf-8", errors="replace")
+
+    def _generation(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self._beside("generation_config.json") or "{}")
+        except ValueError:  # of no use to anyone; the model does not depend on it
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def _audit(self, place: Path) -> None:
         """Opens the file by our strict reader and compares every tensor with the plan."""
@@ -64,12 +96,3 @@ class GgufSink(ShardSink):
                 raise QualityError(
                     "FB-E0412", f"planned {wanted.get(name)}, written {found.get(name)}", tensor=name, file=place
                 )
-
-
-def modelfile(gguf: str, plan: GgufPlan) -> str:
-    """An Ollama Modelfile for a GGUF in the same folder: `ollama create NAME -f Modelfile`."""
-    length = plan.metadata.get(f"{plan.architecture}.context_length")
-    lines = [f"FROM ./{gguf}"]
-    if length is not None:
-        lines.append(f"PARAMETER num_ctx {min(int(length.data), 8192)}")
-    return "\n".join(lines) + "\n"

@@ -29,7 +29,7 @@ from fewbit.plan.jobs import Job
 from fewbit.solve.table import Solved
 from fewbit.store.fileio import OpenFile
 from fewbit.store.gguf import open_gguf
-from fewbit.store.gguf_write import write_file
+from fewbit.store.gguf_write import file_bytes, write_file
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 MAX_ENTRIES = 1 << 17
@@ -95,6 +95,15 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
 
 def write_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
     """Writes llama.cpp's GGUF format, atomically."""
+    write_file(path, *_as_gguf(matrix))
+
+
+def imatrix_bytes(matrix: ImportanceMatrix) -> bytes:
+    """The file that `write_imatrix` writes."""
+    return file_bytes("imatrix", *_as_gguf(matrix))
+
+
+def _as_gguf(matrix: ImportanceMatrix) -> tuple[meta.Metadata, dict[str, tuple[str, tuple[int, ...], np.ndarray]]]:
     tensors: dict[str, tuple[str, tuple[int, ...], np.ndarray]] = {}
     for name in sorted(matrix.entries):
         entry = matrix.entries[name]
@@ -106,7 +115,7 @@ def write_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
         "imatrix.chunk_count": meta.u32(matrix.chunks),
         "imatrix.chunk_size": meta.u32(matrix.chunk_size),
     }
-    write_file(path, facts, tensors)
+    return facts, tensors
 
 
 def write_binary(path: Path, matrix: ImportanceMatrix) -> None:

@@ -42,7 +42,7 @@ class RewrittenSource(Source):
 
     def __init__(self, inner: Source, recipe: Recipe) -> None:
         self.inner, self.checkpoint, self.format, self.stored = inner, inner.checkpoint, inner.format, inner.stored
-        self.manifest, self.config = inner.manifest, inner.config
+        self.manifest, self.config, self.small_files = inner.manifest, inner.config, inner.small_files
         self.options = recipe.options
         self.spaces = spaces(inner.manifest, inner.config)
         self.does, self.warnings = describe(recipe.rewrites, recipe.options, self.spaces)

@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from fewbit.base.errors import QualityError
 from fewbit.base.manifest import data_bytes
 from fewbit.base.record import readable_json
 from fewbit.formats.table import format_named
+from fewbit.math.stats import Stats
 from fewbit.num.qtensor import QTensor
 from fewbit.plan.jobs import Job, Output
 from fewbit.plan.resources import COPY_BUFFER
@@ -44,6 +45,8 @@ class Sink(Protocol):
     def done(self, job: Job) -> dict[str, Any]: ...
 
     def put(self, job: Job, solved: Solved) -> None: ...
+
+    def saw(self, name: str, stats: Mapping[int | None, Stats]) -> None: ...
 
     def copy(self, job: Job, source: Source) -> None: ...
 
@@ -172,6 +175,9 @@ class ShardSink:
             hashes[name] = hashlib.sha256(view).hexdigest()
         self._ledger.add(job.target, {"sha256": hashes, "loss": solved.loss, "notes": list(solved.notes)})
 
+    def saw(self, name: str, stats: Mapping[int | None, Stats]) -> None:
+        """Takes note of what calibration saw of the inputs of a stored weight, per expert of a stack; most outputs have no use for it."""
+
     def encode(self, job: Job, q: QTensor) -> dict[str, torch.Tensor]:
         """The stored tensors of a job, exactly those that the plan announced."""
         form = format_named(self.output.format)
@@ -242,7 +248,8 @@ class SafetensorsSink(ShardSink):
     def finish(self, record: dict[str, Any]) -> Path:
         self.close_journal()
         small = {"config.json": readable_json(self.output.config).encode()}
-        small |= {name: readable_json(data).encode() for name, data in self.output.small_files.items()}
+        beside = {**self.source.small_files, **self.output.small_files}
+        small |= {name: readable_json(data).encode() for name, data in beside.items()}
         copies = [path for path in self.source.checkpoint.aux_files if path.name not in small]
         place = self.writer.finish(small, copies, facts_of(self.output, record))
         audit(self.output, place)

@@ -6,8 +6,10 @@ name it had in the float checkpoint. Everything above (engine, eval, verify, con
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,7 +33,10 @@ class Source:
         config: config.json without its quantisation part.
         format: the format that was recognised, or None for a plain checkpoint.
         stored: weight name -> where and how it is stored, for the quantised ones.
+        small_files: JSON files that stand for what the checkpoint says of itself in another way (a GGUF's tokenizer), by name.
     """
+
+    small_files: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint

@@ -12,22 +12,22 @@ from fewbit.base.errors import InputError
 from fewbit.formats.gguf.metadata import Value
 from fewbit.store.gguf_layout import lay_out_gguf
 
+Tensors = Mapping[str, tuple[str, tuple[int, ...], np.ndarray]]
+"""name -> (GGML type, row-major shape, its bytes in any numpy dtype)"""
 
-def write_file(
-    path: Path, metadata: Mapping[str, Value], tensors: Mapping[str, tuple[str, tuple[int, ...], np.ndarray]]
-) -> None:
-    """Writes one file atomically.
+
+def file_bytes(stem: str, metadata: Mapping[str, Value], tensors: Tensors) -> bytes:
+    """A whole file in memory.
 
     Args:
-        path: final place; what is there is replaced.
+        stem: its name without .gguf.
         metadata: typed values by key.
-        tensors: name -> (GGML type, row-major shape, its bytes in any numpy dtype).
 
     Raises:
         InputError FB-E0309: an array whose bytes are not those of its type and shape.
     """
     rows = [(name, kind, shape) for name, (kind, shape, _) in tensors.items()]
-    shard = lay_out_gguf(rows, metadata, stem=path.name.removesuffix(".gguf")).shards[0]
+    shard = lay_out_gguf(rows, metadata, stem=stem).shards[0]
     image = bytearray(shard.size)
     image[: len(shard.head)] = shard.head
     for info in shard.tensors:
@@ -35,6 +35,12 @@ def write_file(
         if data.nbytes != info.nbytes:
             raise InputError("FB-E0309", f"{data.nbytes:,} bytes for {info.dtype} {list(info.shape)}", tensor=info.name)
         image[info.offset : info.offset + info.nbytes] = data.tobytes()
+    return bytes(image)
+
+
+def write_file(path: Path, metadata: Mapping[str, Value], tensors: Tensors) -> None:
+    """Writes one file atomically; what is there is replaced. Arguments and errors as for `file_bytes`."""
+    image = file_bytes(path.name.removesuffix(".gguf"), metadata, tensors)
     beside = path.with_name(path.name + ".new")
     with open(beside, "wb") as file:
         file.write(image)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fewbit.formats.gguf.parts import Codec, Parts, as_dtype, join, pack_planes, split, unpack_planes
+from fewbit.formats.gguf.parts import Codec, Parts, as_dtype, join, pack_planes, pack_trits, split, unpack_planes
 
 _U8 = np.uint8
 
@@ -175,14 +175,10 @@ _TRIT_RUNS = ((160, 32, 5), (80, 16, 5), (16, 4, 4))  # codes, run length, trits
 
 
 def _pack_tq1_0(parts: Parts) -> np.ndarray:
-    fields, start = [], 0
-    for count, width, trits in _TRIT_RUNS:
-        runs = parts["codes"][:, start : start + count].reshape(len(parts["codes"]), trits, width).astype(np.uint16)
-        powers = 3 ** np.arange(4, 4 - trits, -1, dtype=np.uint16).reshape(1, -1, 1)
-        number = (runs * powers).sum(axis=1, dtype=np.uint16)
-        fields.append(((number * np.uint16(256) + np.uint16(242)) // np.uint16(243)).astype(_U8))
-        start += count
-    return join(*fields, parts["scale"])
+    codes = np.ascontiguousarray(parts["codes"])
+    packed = np.empty((len(codes), 52), _U8)
+    pack_trits(codes.reshape(-1), np.array(_TRIT_RUNS), packed.reshape(-1))
+    return join(packed, parts["scale"])
 
 
 def _unpack_tq1_0(blocks: np.ndarray) -> Parts:

@@ -51,7 +51,7 @@ def _table() -> dict[str, dict[str, Any]]:
 
 def _merged(name: str) -> dict[str, Any]:
     own = _table()[name]
-    unknown = set(own) - {*_LISTS, *_TABLES, "extends"}
+    unknown = set(own) - {*_LISTS, *_TABLES, "extends", "architecture"}
     if unknown:
         raise ValueError(f"families.toml: [{name}] has unknown fields {sorted(unknown)}")
     merged: dict[str, Any] = {key: {} for key in _TABLES}
@@ -78,7 +78,7 @@ def family_named(name: str) -> Family:
         )
     rows = _merged(name)
     return Family(
-        name=name,
+        name=_table()[name].get("architecture", name),
         hf=tuple(rows["hf"]),
         vocab=tuple(rows.get("vocab", ())),
         prefixes=tuple(rows.get("prefixes", _PREFIXES)),

@@ -19,6 +19,7 @@ from fewbit.formats.gguf.shapes import parse
 from fewbit.formats.gguf.targets import GENERATED, Target, rope_llama3
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_TOKEN_WORDS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 _LLAMA3_CONTEXTS = (8192, 4096, 16384, 2048, 1024, 512, 256, 128)
 
 
@@ -77,12 +78,16 @@ def _nested(typed: Metadata, prefix: str) -> dict[str, Any]:
 def _config(manifest: GgufManifest, family: Family, factors: Mapping[str, list[float]]) -> dict[str, Any]:
     names = _nested(manifest.typed, family.name)
     names["vocab_rows"] = manifest["token_embd.weight"].shape[0] if "token_embd.weight" in manifest else None
+    names["type_rows"] = manifest["token_types.weight"].shape[0] if "token_types.weight" in manifest else None
     names["untied"] = "output.weight" in manifest
     names["has_bias"] = "blk.0.attn_q.bias" in manifest
     plain, long, short = (factors.get(name) for name in ROPE_TENSORS)
     names["rope_llama3"] = _llama3_rule(names, plain) if plain else None
     names["rope_long"], names["rope_short"] = long, short
     values = {key: evaluate(expression, names) for key, expression in family.config.items()}
+    for role in ("bos", "eos", "pad"):
+        token = manifest.typed.get(f"tokenizer.ggml.{_TOKEN_WORDS[role]}_token_id")
+        values[f"{role}_token_id"] = int(token.data) if token is not None else None
     return {key: value for key, value in values.items() if value is not None}
 
 

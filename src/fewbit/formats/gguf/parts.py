@@ -63,6 +63,28 @@ def _unpack(packed: np.ndarray, bits: int, width: int, codes: np.ndarray) -> Non
                 codes[start + i] = (packed[source + i] >> shift) & mask
 
 
+@njit(nogil=True, cache=True, error_model="numpy")
+def pack_trits(codes: np.ndarray, runs: np.ndarray, packed: np.ndarray) -> None:
+    """Trits (0, 1, 2) as fractions of 256 in base 3, several to a byte.
+
+    codes: uint8 [n * codes of a block]; runs: int [r, 3], each (codes, bytes, trits to a byte); trit t of byte i is code t * bytes + i
+    of its run; packed: out, uint8 [n * bytes of a block].
+    """
+    source, to = 0, 0
+    while source < codes.size:
+        for run in range(runs.shape[0]):
+            width, trits = runs[run, 1], runs[run, 2]
+            for i in range(width):
+                number = np.int32(0)
+                for trit in range(trits):
+                    number = number * np.int32(3) + np.int32(codes[source + trit * width + i])
+                for _ in range(5 - trits):
+                    number *= np.int32(3)
+                packed[to + i] = np.uint8((number * np.int32(256) + np.int32(242)) // np.int32(243))
+            source += runs[run, 0]
+            to += width
+
+
 def as_bytes(entries: np.ndarray) -> np.ndarray:
     """[blocks, n] of any dtype -> uint8 [blocks, n * itemsize], little-endian."""
     return np.ascontiguousarray(entries).view(np.uint8).reshape(len(entries), entries.shape[1] * entries.dtype.itemsize)

@@ -184,6 +184,12 @@ def requantised(
     if "general.architecture" not in own or own["general.architecture"].spelling != "str":
         raise InputError("FB-E0312", "the GGUF names no architecture (general.architecture), so it is no model")
     architecture = str(own["general.architecture"].data)
+    kind = str(own["general.type"].data) if "general.type" in own else "model"
+    if kind != "model" or architecture == "clip":
+        what = f"the GGUF is a{'n' * (kind[:1] in 'aei')} {'projector (mmproj)' if architecture == 'clip' else kind}, not a language model"
+        raise InputError(
+            "FB-E0320", what, remedy="give the language model's own GGUF; llama.cpp keeps projectors in F16"
+        )
     shapes = [(info.name, info.shape) for info in manifest.values()]
     types = choose(shapes, chosen, model_facts(own, architecture), overrides, imatrix)
     tensors = []
@@ -232,7 +238,7 @@ def _token_metadata(vocabulary: Vocabulary | None, family: Family, names: Mappin
     found = vocabulary.metadata() if vocabulary else {"tokenizer.ggml.model": meta.text("no_vocab")}
     if vocabulary is None:
         found[f"{family.name}.vocab_size"] = meta.u32(rows)
-    if "wpm" in family.vocab and vocabulary is not None:
+    if {"wpm", "ugm"} & set(family.vocab) and vocabulary is not None:
         found["tokenizer.ggml.token_type_count"] = meta.u32(names.get("type_vocab_size") or 1)
     return found
 

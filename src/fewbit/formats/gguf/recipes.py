@@ -227,6 +227,7 @@ class _Layer:
             **{type_name: type_name for type_name in TYPES},
             "base": recipe.base, "layer": layer, "layers": layers, "experts": facts.experts, "imatrix": self.imatrix,
             "heads_per_kv": facts.heads_per_kv, "width": self.shape[-1], "misfit": self.shape[-1] % TYPES[recipe.base].block != 0,
+            "falcon": facts.architecture == "falcon",
             "stacked": len(self.shape) > 2 and self.shape[-3] > 1,
             "first_eighth": layer < layers // 8, "first_sixteenth": layer < layers // 16,
             "middle": layers // 8 <= layer < 7 * layers // 8, "more_bits": more_bits(layer, layers),

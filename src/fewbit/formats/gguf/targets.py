@@ -77,7 +77,7 @@ class _Expansion:
 
     def __init__(self, sources: Mapping[str, Info], names: Mapping[str, Any], family: Family) -> None:
         self.sources, self.names, self.family = sources, names, family
-        self.blocks = first(*(names.get(key) for key in ("num_hidden_layers", "n_layer", "num_layers")))
+        self.blocks = first(*(names.get(key) for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers")))
         self.experts = first(*(names.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")))
         self.prefix = self._prefix()
         self.used: set[str] = set()

@@ -1,4 +1,4 @@
-"""Tokenisers as GGUF metadata: byte-level BPE, SentencePiece (llama.cpp's `llama`) and WordPiece (`bert`).
+"""Tokenisers as GGUF metadata: byte-level BPE, SentencePiece BPE and unigram (llama.cpp's `llama` and `t5`) and WordPiece (`bert`).
 
 Works on the contents of tokenizer.json, tokenizer.model, tokenizer_config.json and their companions, handed over as bytes by name. The
 rule is to refuse what llama.cpp would tokenise differently, never to guess.
@@ -6,7 +6,7 @@ rule is to refuse what llama.cpp would tokenise differently, never to guess.
 
 from __future__ import annotations
 
-import json
+import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +16,19 @@ from fewbit.formats.gguf import metadata as meta
 from fewbit.formats.gguf.metadata import Metadata
 from fewbit.formats.gguf.pretokenize import pre_name
 from fewbit.formats.gguf.sentencepiece import BPE, parse_model
+from fewbit.formats.gguf.token_files import (
+    BYTE,
+    CONTROL,
+    FILES,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    TokenizerFiles,
+    looks_special,
+)
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "generation_config.json", "chat_template.jinja", "chat_template.json", "modules.json", "1_Pooling/config.json",
-)  # fmt: skip
+__all__ = ["BYTE", "CONTROL", "FILES", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "Vocabulary", "read_vocabulary"]
 _SPACE = "\u2581"
 _ID_KEYS = {
     "bos": "bos",
@@ -39,12 +46,13 @@ class Vocabulary:
     """A tokeniser as llama.cpp holds it.
 
     Attributes:
-        model: `gpt2`, `llama` or `bert`.
+        model: `gpt2`, `llama`, `t5` or `bert`.
         pre: name of the pre-tokeniser.
         tokens, types, scores: by id; no scores for BPE and WordPiece.
         merges: "left right" in order of rank.
         ids: bos, eos, unk, sep, pad, cls, mask -> token id.
         adds: bos, eos -> whether it is put around every text; space_prefix -> whether a space is put before it.
+        charsmap: normalisation table of a unigram model, as SentencePiece compiles it; squeeze: whether runs of spaces count as one.
         templates: chat templates by name; "default" is the main one.
         notes: what is worth saying.
     """
@@ -59,6 +67,8 @@ class Vocabulary:
     adds: dict[str, bool] = field(default_factory=dict)
     templates: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    charsmap: bytes = b""
+    squeeze: bool = False
 
     def metadata(self) -> Metadata:
         """The `tokenizer.*` keys."""
@@ -77,6 +87,10 @@ class Vocabulary:
         for name, value in self.adds.items():
             key = "add_space_prefix" if name == "space_prefix" else f"add_{name}_token"
             found[f"tokenizer.ggml.{key}"] = meta.boolean(value)
+        if self.model == "t5":
+            found["tokenizer.ggml.remove_extra_whitespaces"] = meta.boolean(self.squeeze)
+        if self.charsmap:
+            found["tokenizer.ggml.precompiled_charsmap"] = meta.array("u8", self.charsmap)
         if "default" in self.templates:
             found["tokenizer.chat_template"] = meta.text(self.templates["default"])
         others = sorted(set(self.templates) - {"default"})
@@ -84,43 +98,6 @@ class Vocabulary:
             found["tokenizer.chat_templates"] = meta.texts(others)
             found |= {f"tokenizer.chat_template.{name}": meta.text(self.templates[name]) for name in others}
         return found
-
-
-class _Files:
-    """Tokeniser files parsed on demand; a missing one is empty."""
-
-    def __init__(self, files: Mapping[str, bytes]) -> None:
-        self.files = files
-
-    def json(self, name: str) -> Any:
-        if name not in self.files:
-            return {}
-        try:
-            return json.loads(self.files[name])
-        except ValueError as error:
-            raise InputError("FB-E0321", f"{name} is not JSON: {error}") from None
-
-    def added(self) -> dict[int, dict[str, Any]]:
-        """Added tokens: id -> {content, special, …}, from all the places where they may stand."""
-        listed = {
-            int(key): dict(value)
-            for key, value in self.json("tokenizer_config.json").get("added_tokens_decoder", {}).items()
-        }
-        for content, token in self.json("added_tokens.json").items():
-            listed.setdefault(int(token), {"content": content, "special": False})
-        for entry in self.json("tokenizer.json").get("added_tokens", ()):
-            listed[int(entry["id"])] = entry
-        return listed
-
-
-def looks_special(token: str) -> bool:
-    """Whether an added token is a control token by its looks, though not marked so (as llama.cpp's converter sees it)."""
-    return (
-        token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
-        or (token.startswith("<|") and token.endswith("|>"))
-        or (token.startswith("<｜") and token.endswith("｜>"))
-        or (token.startswith("<unused") and token.endswith(">"))
-    )
 
 
 def read_vocabulary(
@@ -138,7 +115,7 @@ def read_vocabulary(
     Raises:
         InputError: FB-E0321 when no kind fits, with the reason.
     """
-    source = _Files(files)
+    source = TokenizerFiles(files)
     data = source.json("tokenizer.json")
     if "tokenizer.model" in files and "spm" in kinds:
         made = _sentencepiece(source)
@@ -159,7 +136,7 @@ def read_vocabulary(
     return made
 
 
-def _from_json(data: Mapping[str, Any], source: _Files, kinds: tuple[str, ...], pre: str | None) -> Vocabulary:
+def _from_json(data: Mapping[str, Any], source: TokenizerFiles, kinds: tuple[str, ...], pre: str | None) -> Vocabulary:
     model = data.get("model", {})
     kind = model.get("type") or ("BPE" if "merges" in model else None)
     if kind == "WordPiece" and "wpm" in kinds:
@@ -168,6 +145,8 @@ def _from_json(data: Mapping[str, Any], source: _Files, kinds: tuple[str, ...], 
         return _byte_level(data, source, pre)
     if kind == "BPE" and not _is_byte_level(data) and "spm" in kinds:
         return _sentencepiece_from_json(data, source)
+    if kind == "Unigram" and "ugm" in kinds:
+        return _unigram(data, source)
     raise InputError(
         "FB-E0321", f"the tokeniser is a {kind} model; llama.cpp takes {', '.join(kinds)} for this architecture"
     )
@@ -204,7 +183,7 @@ def _merges(model: Mapping[str, Any]) -> list[str]:
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", ())]
 
 
-def _byte_level(data: Mapping[str, Any], source: _Files, pre: str | None) -> Vocabulary:
+def _byte_level(data: Mapping[str, Any], source: TokenizerFiles, pre: str | None) -> Vocabulary:
     model = data["model"]
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
@@ -215,7 +194,7 @@ def _byte_level(data: Mapping[str, Any], source: _Files, pre: str | None) -> Voc
     return Vocabulary("gpt2", pre or pre_name(data), tokens, types, merges=_merges(model), adds=adds)
 
 
-def _wordpiece(data: Mapping[str, Any], source: _Files) -> Vocabulary:
+def _wordpiece(data: Mapping[str, Any], source: TokenizerFiles) -> Vocabulary:
     model = data["model"]
     if model.get("continuing_subword_prefix", "##") != "##":
         raise InputError("FB-E0321", "WordPiece with another mark than ## is not known to llama.cpp")
@@ -233,12 +212,12 @@ def _wordpiece(data: Mapping[str, Any], source: _Files) -> Vocabulary:
     return Vocabulary("bert", "default", spaced, types)
 
 
-def _sentencepiece(source: _Files) -> Vocabulary:
+def _sentencepiece(source: TokenizerFiles) -> Vocabulary:
     model = parse_model(source.files["tokenizer.model"])
     if model.model_type != BPE:
         raise InputError(
             "FB-E0321",
-            "the SentencePiece model is a unigram one; llama.cpp's `llama` tokeniser merges by score as BPE does",
+            "the SentencePiece model is a unigram one; llama.cpp runs these for encoders alone, from their tokenizer.json",
         )
     tokens: list[Any] = [meta.decoded(piece) for piece, _, _ in model.pieces]
     scores, types = [score for _, score, _ in model.pieces], [kind for _, _, kind in model.pieces]
@@ -265,7 +244,7 @@ def _place_added(
     scores[index], types[index] = -1000.0, CONTROL if control else USER_DEFINED
 
 
-def _sentencepiece_from_json(data: Mapping[str, Any], source: _Files) -> Vocabulary:
+def _sentencepiece_from_json(data: Mapping[str, Any], source: TokenizerFiles) -> Vocabulary:
     """SentencePiece BPE that was converted to tokenizer.json: scores are the ranks of the merges that make each token."""
     model = data["model"]
     if not model.get("byte_fallback"):
@@ -292,20 +271,59 @@ def _sentencepiece_from_json(data: Mapping[str, Any], source: _Files) -> Vocabul
     )
 
 
-def _space_prefix(data: Mapping[str, Any]) -> bool:
-    def parts(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-        inner = (part or {}).get("normalizers") or (part or {}).get("pretokenizers") or ()
-        return [part, *(item for own in inner for item in parts(own))] if part else []
+def _flat(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """A normalizer or pre-tokeniser and all that it is a sequence of."""
+    inner = (part or {}).get("normalizers") or (part or {}).get("pretokenizers") or ()
+    return [part, *(item for own in inner for item in _flat(own))] if part else []
 
-    found = [*parts(data.get("normalizer")), *parts(data.get("pre_tokenizer"))]
-    return any(
-        part.get("type") == "Prepend"
-        or (part.get("type") == "Metaspace" and part.get("prepend_scheme", "always") != "never")
-        for part in found
+
+def _unigram(data: Mapping[str, Any], source: TokenizerFiles) -> Vocabulary:
+    """SentencePiece unigram, from tokenizer.json: pieces with their scores, and the table that normalises text."""
+    model = data["model"]
+    pieces = [(str(piece), float(score)) for piece, score in model.get("vocab", ())]
+    steps = [*_flat(data.get("normalizer")), *_flat(data.get("pre_tokenizer"))]
+    known = {"Sequence", "Precompiled", "Replace", "Strip", "WhitespaceSplit", "Metaspace", "Prepend", "Nmt", "NFKC"}
+    if strange := sorted({str(step.get("type")) for step in steps} - known):
+        raise InputError(
+            "FB-E0321", f"the unigram tokeniser has a step {', '.join(strange)}, llama.cpp's has none such"
+        )
+    squeeze = any(step["type"] in ("WhitespaceSplit", "Strip") for step in steps) or any(
+        step["type"] == "Replace" and "{2,}" in str(step.get("pattern")) for step in steps
+    )
+    tokens: list[Any] = [piece for piece, _ in pieces]
+    scores, types = [score for _, score in pieces], [NORMAL] * len(pieces)
+    for index, token in enumerate(tokens):
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            types[index] = BYTE
+    for index, entry in source.added().items():
+        _place_added(tokens, scores, types, index, entry)
+        scores[index] = pieces[index][1] if index < len(pieces) else 0.0
+    if model.get("unk_id") is not None:
+        types[int(model["unk_id"])] = UNKNOWN
+    coded = next((step.get("precompiled_charsmap") for step in steps if step["type"] == "Precompiled"), None)
+    bos, eos = _surroundings(data, source)
+    adds = {"bos": bos, "eos": eos, "space_prefix": _space_prefix(data)}
+    return Vocabulary(
+        "t5",
+        "default",
+        tokens,
+        types,
+        scores,
+        adds=adds,
+        charsmap=base64.b64decode(coded) if coded else b"",
+        squeeze=squeeze,
     )
 
 
-def _surroundings(data: Mapping[str, Any], source: _Files, default: bool = False) -> tuple[bool, bool]:
+def _space_prefix(data: Mapping[str, Any]) -> bool:
+    return any(
+        part.get("type") == "Prepend"
+        or (part.get("type") == "Metaspace" and part.get("prepend_scheme", "always") != "never")
+        for part in [*_flat(data.get("normalizer")), *_flat(data.get("pre_tokenizer"))]
+    )
+
+
+def _surroundings(data: Mapping[str, Any], source: TokenizerFiles, default: bool = False) -> tuple[bool, bool]:
     """Whether the tokeniser puts bos before and eos after a text."""
     config = source.json("tokenizer_config.json")
     processor = data.get("post_processor") or {}
@@ -331,7 +349,7 @@ def _pad(made: Vocabulary, rows: int) -> None:
             made.scores.append(-10000.0)
 
 
-def _special_ids(made: Vocabulary, source: _Files, config: Mapping[str, Any]) -> None:
+def _special_ids(made: Vocabulary, source: TokenizerFiles, config: Mapping[str, Any]) -> None:
     numbers = {token: index for index, token in reversed(list(enumerate(made.tokens)))}
     stated = source.json("special_tokens_map.json") | source.json("tokenizer_config.json")
     generation = source.json("generation_config.json")
@@ -348,7 +366,7 @@ def _special_ids(made: Vocabulary, source: _Files, config: Mapping[str, Any]) ->
             made.ids[name] = number
 
 
-def _templates(made: Vocabulary, source: _Files) -> None:
+def _templates(made: Vocabulary, source: TokenizerFiles) -> None:
     template = source.json("tokenizer_config.json").get("chat_template") or source.json("chat_template.json").get(
         "chat_template"
     )

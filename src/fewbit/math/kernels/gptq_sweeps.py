@@ -153,7 +153,9 @@ def sweep_rows(
 def sweep_tile(
     value, slope, level, index, gram, outer, scale, zero, shift, gid, choice, uniform, low, high, levels, edges, changed
 ):
-    """`sweep_rows` for a tile of rows coupled by `outer` float32 [rows, rows]: slope is half the gradient of tr(G E H E^T)."""
+    """`sweep_rows` for a tile of rows coupled by `outer` float32 [rows, rows]: slope is half the gradient of tr(G E H E^T).
+
+    Of each row it is right when the row's turn comes; it is not kept up afterwards."""
     rows, cols = value.shape
     scratch, own = np.empty(cols, np.float32), np.empty(cols, np.float32)
     sums, inverse = _prepared(gram, gid)
@@ -183,6 +185,5 @@ def sweep_tile(
         )
         for j in range(cols):  # what the row's moves did to its own slope, per unit of outer[i, i]
             own[j] = (slope[i, j] - own[j]) / outer[i, i]
-        for k in range(rows):
-            if k != i:
-                _add_scaled(slope[k], own, outer[k, i], 0, cols)
+        for k in range(i + 1, rows):
+            _add_scaled(slope[k], own, outer[k, i], 0, cols)

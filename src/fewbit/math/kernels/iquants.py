@@ -3,9 +3,11 @@
 Minimises the importance-weighted squared error of the weights as decoded:
 
 1.  Every block alone tries a ladder of scales with each magnitude on its own nearest level, which costs little and bounds the error well.
-2.  The super-scale d puts the largest scale on the highest odd number; every block tries its own odd number, the next best and the third, as
+2.  The super-scale d, of some that put the largest scale on or about the highest odd number, is the one whose odd multiples lie nearest to the
+    scales of all blocks; every block tries its own odd number, the next best and the third, as
     many as asked, with the nearest vectors of the codebook (`vectors.py`); d becomes the least-squares one for the best.
 3.  Codes nearest under the stored scales.
+4.  A part of what least squares shrinks is given back to d, codes as they are (`kquants_tiles.growth`).
 
 IQ1's levels -1, 0, 1 lie 1/8 higher or lower by a bit for each block (IQ1_S) or code (IQ1_M); the bit is chosen as in step 1, at every scale
 anew.
@@ -18,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit, prange
 
-from fewbit.math.kernels.kquants_tiles import F, inverse, round_f16
+from fewbit.math.kernels.kquants_tiles import F, growth, inverse, round_f16
 from fewbit.math.kernels.vectors import load_codes, loose_errors, nearest_vectors
 
 
@@ -31,17 +33,6 @@ class Layout(NamedTuple):
     per_block: int
     per_shift: int
     top: int
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _emphasise(target, weight, emphasis, out):
-    """Importance that grows with the size of a weight, h (1 + emphasis |x| / mean |x|), for the choice of scales."""
-    total = F(0)
-    for j in range(target.size):
-        total += abs(target[j])
-    by = emphasis * F(target.size) * inverse(total)
-    for j in range(target.size):
-        out[j] = weight[j] * (F(1) + by * abs(target[j]))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -66,14 +57,17 @@ def _loose(target, weight, codebook, layout, scale, loose, variant, block_error)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _start(target, weight, codebook, layout, ladder, scale, loose, variant, block_error, ideal):
-    """Step 1: the scale of every block on its own, to `ideal`."""
+def _start(target, weight, codebook, layout, ladder, scale, loose, variant, block_error, ideal, energy):
+    """Step 1: the scale of every block on its own, to `ideal`, and its energy."""
     blocks, per_block = ideal.size, layout.per_block
+    energy[:] = F(0)
     spread, best = np.zeros(blocks, np.float32), np.empty(blocks, np.float32)
     for code in range(32):
         at, block = code // 16 * 128 + code % 16, code // per_block
         for j in range(8):
-            spread[block] = max(spread[block], abs(target[at + j * 16]))
+            x = target[at + j * 16]
+            spread[block] = max(spread[block], abs(x))
+            energy[block] += weight[at + j * 16] * x * x
     best[:] = F(np.inf)
     ideal[:] = F(0)
     for c in range(ladder.size):
@@ -83,6 +77,25 @@ def _start(target, weight, codebook, layout, ladder, scale, loose, variant, bloc
         for block in range(blocks):
             if block_error[block] < best[block]:
                 best[block], ideal[block] = block_error[block], ladder[c] * spread[block]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _aligned(ideal, energy, top):
+    """The super-scale whose odd multiples are nearest to the scales of all blocks, each weighted by its energy sum h x^2.
+
+    A scale that is wrong by a relative r adds about r^2 of the block's energy to its error.
+    """
+    start, chosen, least = ideal.max() / F(2 * top + 1), F(0), F(np.inf)
+    for step in range(20):
+        d, total = start * (F(0.84) + F(0.03) * F(step)), F(0)
+        for block in range(ideal.size):
+            if ideal[block] > F(0) and d > F(0):
+                k = min(max(np.rint((ideal[block] / d - F(1)) * F(0.5)), F(0)), F(top))
+                away = d * (F(2) * k + F(1)) / ideal[block] - F(1)
+                total += energy[block] * away * away
+        if total < least:
+            least, chosen = total, d
+    return round_f16(chosen)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -120,8 +133,8 @@ def _evaluate(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _super_scale(target, weight, codebook, layout, k, index, shift, d):
-    """The least-squares d for the scale codes and vectors chosen."""
+def _agreement(target, weight, codebook, layout, k, index, shift):
+    """(sum h x q, sum h q q) of a super-block, q being odd numbers times the vectors chosen: what it stands for at d = 1."""
     table, parts = codebook.table, layout.parts
     width = 8 // parts
     above, below = F(0), F(0)
@@ -138,7 +151,17 @@ def _super_scale(target, weight, codebook, layout, k, index, shift, d):
         odd = F(2 * k[code // layout.per_block] + 1)
         above += odd * a
         below += odd * odd * b
-    return round_f16(above / below) if above > F(0) and below > F(0) else d
+    return above, below
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _grown(target, weight, codebook, layout, k, index, shift, d, share):
+    """Step 4: the super-scale with a share of its shrinkage undone."""
+    energy = F(0)
+    for j in range(target.size):
+        energy += weight[j] * target[j] * target[j]
+    above, _ = _agreement(target, weight, codebook, layout, k, index, shift)
+    return round_f16(d * growth(energy, d * above, share))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -157,27 +180,27 @@ def _write(sup, layout, d, k, signs, index, variant, codes, k_out, shift_out, d_
 
 
 @njit(nogil=True, cache=True, parallel=True, error_model="numpy")
-def quantize_vectors(x, h, codebook, layout, ladder, trials, refine, emphasis, codes, k_out, shift_out, d_out):
+def quantize_vectors(x, h, codebook, layout, ladder, trials, refine, unbias, codes, k_out, shift_out, d_out):
     """Quantise super-blocks of 256 weights coded eight at a time.
 
     Args:
         x: float32 [n * 256]; h: float32 [period], importance repeating along x (period a multiple of 256).
         codebook, layout: the grid; ladder: scales tried, as fractions of a block's largest weight.
         trials: odd numbers that a block tries with real vectors, 1 to 3; refine: whether d is then made the least-squares one.
-        emphasis: how much more large weights count when scales are chosen; codes are the nearest under h alone.
+        unbias: share of the shrinkage that step 4 undoes, 0 to 1.
         codes: out, int32 [n * 32]; k_out: out, uint8 [n * 32 / per_block]; shift_out: out, uint8 [n * 32 / per_shift];
         d_out: out, float32 [n], representable in float16.
     """
     supers, blocks, top, parts = x.size // 256, 32 // layout.per_block, layout.top, layout.parts
     for chunk in prange((supers + 7) // 8):
-        heavy = np.empty(256, np.float32)
         target, weight, signs = np.empty(256, np.float32), np.empty(256, np.float32), np.zeros(32, np.int64)
         scale, group = np.empty(32, np.float32), np.empty(32, np.float32)
         error, shift, variant = np.empty(32, np.float32), np.zeros(32, np.float32), np.zeros(32, np.int64)
         loose, index = np.empty(codebook.shifts.size * 32, np.float32), np.zeros(parts * 32, np.int64)
         n = codebook.levels.size
         forms = np.empty((2 * n ** (4 // parts) + 2 * n * n) * 16, np.float32)
-        block_error, best, ideal = (
+        block_error, best, ideal, energy = (
+            np.empty(blocks, np.float32),
             np.empty(blocks, np.float32),
             np.empty(blocks, np.float32),
             np.empty(blocks, np.float32),
@@ -191,9 +214,8 @@ def quantize_vectors(x, h, codebook, layout, ladder, trials, refine, emphasis, c
         for sup in range(chunk * 8, min(supers, chunk * 8 + 8)):
             for tile in range(2):
                 load_codes(x, h, sup * 256 + tile * 128, 16, layout.sign_bits, tile, target, weight, signs)
-            _emphasise(target, weight, emphasis, heavy)
-            _start(target, heavy, codebook, layout, ladder, scale, loose, variant, block_error, ideal)
-            d = round_f16(ideal.max() / F(2 * top + 1))
+            _start(target, weight, codebook, layout, ladder, scale, loose, variant, block_error, ideal, energy)
+            d = _aligned(ideal, energy, top)
             by = inverse(d)
             for block in range(blocks):
                 exact = (ideal[block] * by - F(1)) * F(0.5)
@@ -206,17 +228,19 @@ def quantize_vectors(x, h, codebook, layout, ladder, trials, refine, emphasis, c
                     away = side[block] if step == 1 else (-side[block] if step == 2 else 0)
                     trial[block] = min(max(centre[block] + away, 0), top)
                 _evaluate(
-                    target, heavy, codebook, layout, d, trial, False, scale, shift, forms, group, loose, error, index, variant, block_error
+                    target, weight, codebook, layout, d, trial, False, scale, shift, forms, group, loose, error, index, variant, block_error
                 )  # fmt: skip
                 for block in range(blocks):
                     if block_error[block] < best[block]:
                         best[block], k[block] = block_error[block], trial[block]
             if refine:
                 _evaluate(
-                    target, heavy, codebook, layout, d, k, True, scale, shift, forms, group, loose, error, index, variant, block_error
+                    target, weight, codebook, layout, d, k, True, scale, shift, forms, group, loose, error, index, variant, block_error
                 )  # fmt: skip
-                d = _super_scale(target, heavy, codebook, layout, k, index, shift, d)
+                above, below = _agreement(target, weight, codebook, layout, k, index, shift)
+                d = round_f16(above / below) if above > F(0) and below > F(0) else d
             _evaluate(
                 target, weight, codebook, layout, d, k, True, scale, shift, forms, group, loose, error, index, variant, block_error
             )  # fmt: skip
+            d = _grown(target, weight, codebook, layout, k, index, shift, d, unbias)
             _write(sup, layout, d, k, signs, index, variant, codes, k_out, shift_out, d_out)

@@ -41,7 +41,7 @@ class Effort:
         polish: least-squares passes on the best of these.
         reach: symmetric: scale codes looked at on either side; with a shift: steps around the pair of codes.
         rounds: how often scale codes and super-scales are adjusted to each other.
-        emphasis: blocks with a shift: how much more large weights count (measured: KL of Q2_K on the sample 0.92 of llama.cpp's, without 1.02).
+        unbias: share of the least-squares shrinkage that is undone (`kquants_tiles.growth`); `fit` undoes none.
     """
 
     ends: tuple[float, ...]
@@ -49,18 +49,18 @@ class Effort:
     polish: int = 1
     reach: int | tuple[tuple[int, int], ...] = 1
     rounds: int = 1
-    emphasis: float = 0.0
+    unbias: float = 1.0
 
 
 _IQ4 = Effort((-127, -122, -117, -132, -137, -110, 113, 108, 118, 123, 103, 98), polish=1, reach=1, rounds=1)
-_TERNARY = Effort(tuple(1 / s for s in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)), polish=3)
+_TERNARY = Effort(tuple(1 / s for s in (0.25, 0.4, 0.6, 0.85)), polish=3, unbias=0.0)
 EFFORTS: dict[str, Effort] = {
     "q4_0": Effort((-9, -8.6, -8.3, -8, -7.7, -7.4, -7.1, -6.7, 7.8, 7.5, 7.2, 6.9), polish=2),
     "q5_0": Effort((-17, -16.5, -16, -15.5, -15, -14.5, 15.5, 15), polish=2),
     "q8_0": Effort((127, 126.3, 125.6, 124.9, 124.2, 123.5), polish=0),
     "q4_1": Effort((15, 14, 16, 17), (0.0, 0.03), polish=2),
     "q5_1": Effort((31, 30, 32), (0.0, 0.015), polish=2),
-    "q2_k": Effort((2.2, 2.5, 3, 3.5, 3.8, 4.1), (0.0, 0.1), polish=2, reach=_STAR, rounds=2, emphasis=1.0),
+    "q2_k": Effort((2.2, 2.5, 3, 3.5, 3.8, 4.1), (0.0, 0.1), polish=2, reach=_STAR, rounds=2),
     "q3_k": Effort((-4.8, -4.4, -4.0, -3.7, -3.4, -3.1, -2.8), polish=2, reach=1, rounds=1),
     "q4_k": Effort((12, 13, 14, 15, 16, 17, 18), (0.0, 0.04), polish=3, reach=_STAR),
     "q5_k": Effort((29, 30, 31, 32, 33, 34), (0.0, 0.02), polish=2, reach=_STAR),
@@ -83,7 +83,7 @@ def fit(
     """`math.scales.fit` for the schemes of `EFFORTS`."""
     if not _fast(scheme, w, search):
         return fit_plain(scheme, w, importance, search)
-    return _run(scheme, w, importance)[1]
+    return _run(scheme, w, importance, replace(_efforts()[scheme], unbias=0.0))[1]
 
 
 def quantize(
@@ -93,7 +93,7 @@ def quantize(
     if not _fast(scheme, w, search):
         params = fit_plain(scheme, w, importance, search)
         return assemble(scheme, tuple(w.shape), snap(scheme, w, params, importance), params)
-    codes, params = _run(scheme, w, importance)
+    codes, params = _run(scheme, w, importance, _efforts()[scheme])
     return assemble(scheme, tuple(w.shape), codes, params)
 
 
@@ -107,7 +107,9 @@ def _fast(scheme: Scheme, w: torch.Tensor, search: Search) -> bool:
     )
 
 
-def _run(scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None) -> tuple[torch.Tensor, Params]:
+def _run(
+    scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None, effort: Effort
+) -> tuple[torch.Tensor, Params]:
     """Codes and parameters, computed a piece of whole rows at a time."""
     nested = scheme.scale is not None and not scheme.scale.is_leaf
     size, per_super = scheme.blocks.cols, scheme.scale.blocks.cols if nested else 1
@@ -120,7 +122,7 @@ def _run(scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None) -> tu
     outer = [torch.empty(count, blocks // per_super, dtype=torch.float32) for _ in names]
     for part, x, h in row_pieces(scheme, w, importance):
         out = [array[part].view(-1).numpy() for array in (codes, *inner, *outer)]
-        _kernel(scheme, _efforts()[scheme], size, per_super, x.view(-1).numpy(), h.view(-1).numpy(), out)
+        _kernel(scheme, effort, size, per_super, x.view(-1).numpy(), h.view(-1).numpy(), out)
     counts = scheme.block_counts(tuple(w.shape))
     stored = {}
     for name, inside, top in zip(names, inner, outer, strict=True):
@@ -152,25 +154,28 @@ def _kernel(
             top,
             reach,
             effort.rounds,
-            _F(effort.emphasis),
+            _F(effort.unbias),
             *out,
         )
         return
-    low, high, lut, code_lut, resolution, offset = _levels(scheme.grid)
+    low, high, zero, lut, code_lut, resolution, offset = _levels(scheme.grid)
     k_low, k_high = (_F(scheme.scale.grid.low), _F(scheme.scale.grid.high)) if per_super > 1 else (_F(0), _F(0))
     quantize_symmetric(
-        x, h, size, per_super, low, high, lut, code_lut, resolution, offset, ends, effort.polish, k_low, k_high, effort.reach, effort.rounds, *out
+        x, h, size, per_super, low, high, zero, lut, code_lut, resolution, offset, ends, effort.polish, k_low, k_high, effort.reach, effort.rounds, _F(effort.unbias), *out
     )  # fmt: skip
 
 
 @functools.cache
 def _levels(grid: Grid) -> tuple:
-    """A grid as the symmetric kernel wants it: (low, high, level table, code table, resolution, offset)."""
+    """A grid as the symmetric kernel wants it: (low, high, code of level 0, level table, code table, resolution, offset)."""
+    none = np.empty(0, _F), np.empty(0, np.uint8), _F(0), _F(0)
     if isinstance(grid, IntGrid):
-        return _F(grid.low), _F(grid.high), np.empty(0, _F), np.empty(0, np.uint8), _F(0), _F(0)
+        return _F(grid.low), _F(grid.high), _F(0), *none
     if not isinstance(grid, Codebook):
         raise InputError("FB-E0601", f"no fast search for the levels of {grid.name}")
     levels = grid.levels()
+    if np.array_equal(levels, np.arange(levels[0], levels[-1] + 1)):
+        return _F(levels[0]), _F(levels[-1]), _F(-levels[0]), *none
     edges = (levels[1:] + levels[:-1]) / 2
     resolution = 2.0  # edges lie on multiples of 1/2
     if not np.array_equal(edges * resolution, np.rint(edges * resolution)):
@@ -179,7 +184,7 @@ def _levels(grid: Grid) -> tuple:
     count = int((np.ceil(levels[-1]) + 1 - start) * resolution)
     middles = start + (np.arange(count) + 0.5) / resolution
     codes = np.searchsorted(edges, middles).astype(np.uint8)
-    return _F(0), _F(0), levels[codes].astype(_F), codes, _F(resolution), _F(-start * resolution)
+    return _F(0), _F(0), _F(0), levels[codes].astype(_F), codes, _F(resolution), _F(-start * resolution)
 
 
 def row_pieces(

@@ -4,9 +4,12 @@ Serves Q2_K, Q4_K, Q5_K (nested, shift <= 0) and Q4_1, Q5_1 (direct, shift free)
 
 1.  Every block alone: for each candidate range, the nearest codes q, and the (scale, shift) that is best for them, from the two normal
     equations in sum(h q), sum(h q q), sum(h x q); the least error wins, and is polished by the same step from there.
-2.  Nested: d and dmin put the largest scale and the lowest shift on the highest code; every block looks around its pair of codes for the
+2.  Nested: d and dmin put the largest scale and the lowest shift on or about the highest code, so that the scales and shifts of all blocks lie
+    nearest to whole multiples, each weighted by what it would cost; every block looks around its pair of codes for the
     least error; (d, dmin) become the joint least-squares pair for these codes; again, as often as asked.
 3.  Codes nearest under the stored scales and shifts.
+4.  Least squares shrinks: what the codes stand for is smaller than the weights by the share of their energy that is lost. A part of that is
+    given back to (d, dmin), codes as they are (`kquants_tiles.growth`).
 """
 
 from __future__ import annotations
@@ -14,11 +17,21 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from fewbit.math.kernels.kquants_tiles import CHUNK, LANES, F, inverse, inverses, load_tile, round_f16, tile_place
+from fewbit.math.kernels.kquants_tiles import (
+    CHUNK,
+    LANES,
+    F,
+    growth,
+    inverse,
+    inverses,
+    load_tile,
+    round_f16,
+    tile_place,
+)
 from fewbit.math.kernels.lanes import higher, load, lower, rint, splat, store, where_greater
 
 # rows of the per-tile scratch array, one float32 per lane each
-_H, _HX, _SCALE, _SHIFT, _K, _M, _D, _DMIN, _AA, _AB, _BB, _RA, _RB = (16 * row for row in range(13))
+_H, _HX, _SCALE, _SHIFT, _K, _M, _D, _DMIN, _AA, _AB, _BB, _RA, _RB, _GROWTH = (16 * row for row in range(14))
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
@@ -46,18 +59,6 @@ def _error(scale, shift, sq, sqq, sxq, h, hx):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _emphasise(xt, ht, size, emphasis, out):
-    """Importance that grows with the size of a weight, h (1 + emphasis |x| / mean |x|), for the choice of scales."""
-    zero, total = splat(F(0)), splat(F(0))
-    for j in range(0, size * LANES, LANES):
-        total = total + higher(load(xt, j), zero - load(xt, j))
-    by = splat(emphasis * F(size)) * inverses(total)
-    for j in range(0, size * LANES, LANES):
-        x = load(xt, j)
-        store(out, j, load(ht, j) * (splat(F(1)) + by * higher(x, zero - x)))
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
 def _ideal(xt, ht, top, size, candidates, polish, down, s):
     """Step 1: best scale and shift of every lane on its own; with `down` the shift may not be positive."""
     zero, tiny = splat(F(0)), splat(F(1e-37))
@@ -68,7 +69,7 @@ def _ideal(xt, ht, top, size, candidates, polish, down, s):
         h, hx = h + weight, hx + weight * x
     least = lower(least, zero) if down else least
     spread = most - least
-    best, scale, shift = splat(F(1e30)), zero, least
+    best, scale, shift, bend = splat(F(1e30)), zero, least, zero
     for c in range(candidates.shape[0] + polish):
         if c < candidates.shape[0]:
             inv = splat(candidates[c, 0]) * inverses(spread)
@@ -87,7 +88,8 @@ def _ideal(xt, ht, top, size, candidates, polish, down, s):
             b = lower(b, zero)
         error = where_greater(zero, a, splat(F(1e31)), _error(a, b, sq, sqq, sxq, h, hx))
         scale, shift = where_greater(best, error, a, scale), where_greater(best, error, b, shift)
-        best = lower(error, best)
+        bend, best = where_greater(best, error, sqq, bend), lower(error, best)
+    store(s, _AA, bend)
     store(s, _H, h)
     store(s, _HX, hx)
     store(s, _SCALE, scale)
@@ -151,6 +153,21 @@ def _joint(s, first, width, d, dmin):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def _aligned(s, values, bends, first, width, extreme, top):
+    """The multiplier, of some that put `extreme` on or about the highest code, whose multiples lie nearest to all values of a super-block."""
+    start, chosen, least = extreme / top, extreme / top, F(np.inf)
+    for step in range(12):
+        d, total = start * (F(0.9) + F(0.02) * F(step)), F(0)
+        by = inverse(d)
+        for lane in range(first, first + width):
+            away = s[values + lane] - d * min(max(np.rint(s[values + lane] * by), F(0)), top)
+            total += s[bends + lane] * away * away
+        if total < least:
+            least, chosen = total, d
+    return round_f16(chosen)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def _nest(xt, ht, top, size, supers, code_top, reach, rounds, s):
     """Step 2: codes k and m of the lanes, d and dmin (<= 0) of the groups of lanes, left in `s`."""
     width = LANES // supers
@@ -158,7 +175,8 @@ def _nest(xt, ht, top, size, supers, code_top, reach, rounds, s):
         first, scale, shift = g * width, F(0), F(0)
         for lane in range(first, first + width):
             scale, shift = max(scale, s[_SCALE + lane]), min(shift, s[_SHIFT + lane])
-        d, dmin = round_f16(scale / code_top), round_f16(shift / code_top)
+        d = _aligned(s, _SCALE, _AA, first, width, scale, code_top)
+        dmin = _aligned(s, _SHIFT, _H, first, width, shift, code_top)
         by, by_min = inverse(d), inverse(dmin)
         for lane in range(first, first + width):
             s[_D + lane], s[_DMIN + lane] = d, dmin
@@ -182,6 +200,26 @@ def _snap(x, first, blocks, size, top, s, codes):
             store(codes, j, lower(higher(rint((load(x, j) - low) * inv), zero), most))
 
 
+@njit(nogil=True, cache=True, error_model="numpy")
+def _unshrink(xt, ht, top, size, width, share, s):
+    """Step 4: what (d, dmin) are multiplied by, for each group of `width` lanes, left in all its lanes."""
+    scale, shift, energy = load(s, _SCALE), load(s, _SHIFT), splat(F(0))
+    inv = inverses(scale)
+    _, _, sxq = _sums(xt, ht, inv, shift * inv, top, size)
+    for j in range(0, size * LANES, LANES):
+        x = load(xt, j)
+        energy = energy + load(ht, j) * x * x
+    store(s, _AA, energy)
+    store(s, _AB, scale * sxq + shift * load(s, _HX))
+    for first in range(0, LANES, width):
+        energy_all, agreement = F(0), F(0)
+        for lane in range(first, first + width):
+            energy_all += s[_AA + lane]
+            agreement += s[_AB + lane]
+        for lane in range(first, first + width):
+            s[_GROWTH + lane] = growth(energy_all, agreement, share)
+
+
 @njit(nogil=True, cache=True, parallel=True, error_model="numpy")
 def quantize_minimum(
     x,
@@ -194,7 +232,7 @@ def quantize_minimum(
     code_top,
     reach,
     rounds,
-    emphasis,
+    unbias,
     codes,
     k_out,
     m_out,
@@ -209,7 +247,7 @@ def quantize_minimum(
         top: the highest code; code_top: the highest code of a scale or shift.
         candidates: float32 [c, 2]: levels in the range of a block, and where its lower end lies (in ranges above the minimum).
         polish: least-squares passes after them; reach: float32 [r, 2] steps around a block's (scale, shift) codes; rounds: how often.
-        emphasis: how much more large weights count.
+        unbias: share of the shrinkage that step 4 undoes, 0 to 1.
         codes: out, uint8 [n * size]; k_out, m_out: out, uint8 [n] (nested); d_out, dmin_out: out, float32 [n / per_super], in float16's set.
     """
     count = x.size // size
@@ -218,27 +256,30 @@ def quantize_minimum(
         xt, ht, s = (
             np.empty(size * LANES, np.float32),
             np.empty(size * LANES, np.float32),
-            np.zeros(13 * LANES, np.float32),
+            np.zeros(14 * LANES, np.float32),
         )
-        heavy, column = np.empty(size * LANES, np.float32), -1
+        column = -1
         for tile in range(chunk * CHUNK, min(tiles, chunk * CHUNK + CHUNK)):
             first, place = tile_place(tile, size, count, h.size)
             load_tile(x, x.size, first, count, size, xt)
             if place != column:
                 load_tile(h, h.size, first, count, size, ht)
                 column = place
-            _emphasise(xt, ht, size, emphasis, heavy)
-            _ideal(xt, heavy, top, size, candidates, polish, per_super > 1, s)
+            _ideal(xt, ht, top, size, candidates, polish, per_super > 1, s)
             if per_super > 1:
-                _nest(xt, heavy, top, size, LANES // per_super, code_top, reach, rounds, s)
-            blocks = min(LANES, count - first)
-            for lane in range(blocks):
-                block = first + lane
+                _nest(xt, ht, top, size, LANES // per_super, code_top, reach, rounds, s)
+            for lane in range(LANES):
                 if per_super > 1:
-                    k_out[block], m_out[block] = np.uint8(s[_K + lane]), np.uint8(s[_M + lane])
-                    d_out[block // per_super], dmin_out[block // per_super] = s[_D + lane], s[_DMIN + lane]
                     s[_SCALE + lane], s[_SHIFT + lane] = s[_D + lane] * s[_K + lane], s[_DMIN + lane] * s[_M + lane]
                 else:
-                    s[_SCALE + lane], s[_SHIFT + lane] = round_f16(s[_SCALE + lane]), round_f16(s[_SHIFT + lane])
-                    d_out[block], dmin_out[block] = s[_SCALE + lane], s[_SHIFT + lane]
+                    s[_D + lane], s[_DMIN + lane] = round_f16(s[_SCALE + lane]), round_f16(s[_SHIFT + lane])
+                    s[_SCALE + lane], s[_SHIFT + lane] = s[_D + lane], s[_DMIN + lane]
+            _unshrink(xt, ht, top, size, per_super, unbias, s)
+            blocks = min(LANES, count - first)
+            for lane in range(blocks):
+                block, by = first + lane, s[_GROWTH + lane]
+                if per_super > 1:
+                    k_out[block], m_out[block] = np.uint8(s[_K + lane]), np.uint8(s[_M + lane])
+                d_out[block // per_super] = round_f16(by * s[_D + lane])
+                dmin_out[block // per_super] = round_f16(by * s[_DMIN + lane])
             _snap(x, first, blocks, size, top, s, codes)

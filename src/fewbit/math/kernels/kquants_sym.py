@@ -8,6 +8,7 @@ error of the weights as they will be decoded:
 2.  Nested: the super-scale d puts the largest scale on the end of the scale codes; every block takes, of the scale codes around its own,
     the one with the least error; d becomes the least-squares one for these codes; again, as often as asked.
 3.  Codes nearest under the stored scales.
+4.  A part of what least squares shrinks is given back to the (super-)scale, codes as they are (`kquants_tiles.growth`).
 
 Levels are consecutive integers (`lut` empty) or come from a table: the level nearest to u is lut[int(u * resolution + offset)].
 """
@@ -17,7 +18,17 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from fewbit.math.kernels.kquants_tiles import CHUNK, LANES, F, inverse, inverses, load_tile, round_f16, tile_place
+from fewbit.math.kernels.kquants_tiles import (
+    CHUNK,
+    LANES,
+    F,
+    growth,
+    inverse,
+    inverses,
+    load_tile,
+    round_f16,
+    tile_place,
+)
 from fewbit.math.kernels.lanes import higher, load, lower, rint, splat, store, where_greater
 
 
@@ -119,25 +130,48 @@ def _nest(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _snap(x, first, blocks, size, stored, low, high, lut, code_lut, resolution, offset, codes):
+def _snap(x, first, blocks, size, stored, low, high, zero, lut, code_lut, resolution, offset, codes):
     """Step 3: codes of the blocks of a tile under their stored scales."""
-    bottom, most = splat(low), splat(high)
+    bottom, most, start_code = splat(low), splat(high), splat(zero)
     top = F(lut.size - 1)
     for lane in range(blocks):
         start, inv = (first + lane) * size, inverse(stored[lane])
         by = splat(inv)
         if lut.size == 0:
             for j in range(start, start + size, LANES):
-                store(codes, j, lower(higher(rint(load(x, j) * by), bottom), most))
+                store(codes, j, lower(higher(rint(load(x, j) * by), bottom), most) + start_code)
         else:
             step = inv * resolution
             for j in range(start, start + size):
                 codes[j] = code_lut[np.uint32(np.int32(min(max(x[j] * step + offset, F(0)), top)))]
 
 
+@njit(nogil=True, cache=True, error_model="numpy")
+def _unshrink(xt, ht, low, high, lut, resolution, offset, size, width, share, scratch, scale, energies, agreements, by):
+    """Step 4: what the super-scale is multiplied by, for each group of `width` lanes, left in `by` for all its lanes."""
+    spread, energy = load(scale, 0), splat(F(0))
+    inv = inverses(spread)
+    if lut.size == 0:
+        a, _ = _integer_sums(xt, ht, inv, low, high, size)
+    else:
+        a, _ = _table_sums(xt, ht, inv, lut, resolution, offset, size, scratch)
+    for j in range(0, size * LANES, LANES):
+        x = load(xt, j)
+        energy = energy + load(ht, j) * x * x
+    store(energies, 0, energy)
+    store(agreements, 0, spread * a)
+    for first in range(0, LANES, width):
+        energy_all, agreement = F(0), F(0)
+        for lane in range(first, first + width):
+            energy_all += energies[lane]
+            agreement += agreements[lane]
+        for lane in range(first, first + width):
+            by[lane] = growth(energy_all, agreement, share)
+
+
 @njit(nogil=True, cache=True, parallel=True, error_model="numpy")
 def quantize_symmetric(
-    x, h, size, per_super, low, high, lut, code_lut, resolution, offset, candidates, polish, k_low, k_high, reach, rounds,
+    x, h, size, per_super, low, high, zero, lut, code_lut, resolution, offset, candidates, polish, k_low, k_high, reach, rounds, unbias,
     codes, k_out, d_out,
 ):  # fmt: skip
     """Quantise blocks of `size` weights, a multiple of 32 or 16.
@@ -145,9 +179,10 @@ def quantize_symmetric(
     Args:
         x: float32 [n * size]; h: float32 [period], importance repeating along x (period a multiple of size).
         per_super: blocks per super-block (1, 8 or 16); 1 means that scales are stored directly.
-        low, high: ends of an integer grid; lut, code_lut: tables of levels and codes of other grids, else empty.
+        low, high: ends of a grid of whole numbers, zero: the code of level 0; lut, code_lut: tables of levels and codes of other grids, else empty.
         candidates: levels that the largest weight of a block is put on; polish: least-squares passes after them.
         k_low, k_high, reach, rounds: range of scale codes, how far around to look, how often.
+        unbias: share of the shrinkage that step 4 undoes, 0 to 1.
         codes: out, int8 or uint8 [n * size]; k_out: out, int8 [n] (nested); d_out: out, float32 [n / per_super], representable in float16.
     """
     count = x.size // size
@@ -164,7 +199,7 @@ def quantize_symmetric(
             np.empty(LANES, np.float32),
             np.empty(LANES, np.float32),
         )
-        d, column = np.empty(LANES, np.float32), -1
+        d, by, column = np.empty(LANES, np.float32), np.empty(LANES, np.float32), -1
         for tile in range(chunk * CHUNK, min(tiles, chunk * CHUNK + CHUNK)):
             first, place = tile_place(tile, size, count, h.size)
             load_tile(x, x.size, first, count, size, xt)
@@ -177,13 +212,17 @@ def quantize_symmetric(
                     xt, ht, low, high, lut, resolution, offset, size, LANES // per_super, k_low, k_high, reach, rounds,
                     scratch, scale, k, ka, kb, d,
                 )  # fmt: skip
+            for lane in range(LANES):
+                if per_super > 1:
+                    scale[lane] = d[lane // per_super] * k[lane]
+                else:
+                    d[lane] = scale[lane] = round_f16(scale[lane])
+            _unshrink(
+                xt, ht, low, high, lut, resolution, offset, size, per_super, unbias, scratch, scale, ka, kb, by
+            )  # fmt: skip
             blocks = min(LANES, count - first)
             for lane in range(blocks):
                 if per_super > 1:
-                    scale[lane] = d[lane // per_super] * k[lane]
                     k_out[first + lane] = np.int8(k[lane])
-                    d_out[(first + lane) // per_super] = d[lane // per_super]
-                else:
-                    scale[lane] = round_f16(scale[lane])
-                    d_out[first + lane] = scale[lane]
-            _snap(x, first, blocks, size, scale, low, high, lut, code_lut, resolution, offset, codes)
+                d_out[(first + lane) // per_super] = round_f16(by[lane] * d[lane // per_super])
+            _snap(x, first, blocks, size, scale, low, high, zero, lut, code_lut, resolution, offset, codes)
