@@ -67,7 +67,8 @@ class Point:
     measures: dict[str, float]
 
     def record(self) -> dict[str, Any]:
-        return {"step": self.step, "loss": self.loss, "seconds": round(self.seconds, 2), **self.measures}
+        loss = None if math.isnan(self.loss) else self.loss  # before the first step there is none
+        return {"step": self.step, "loss": loss, "seconds": round(self.seconds, 2), **self.measures}
 
 
 def train(
