@@ -24,7 +24,7 @@ SPELLINGS = [
     *INTEGERS, *(f"uint{bits}-g{group}-min" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)),
     *(f"uint{bits}-g{group}-bf16-min{{bf16}}" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)),
     "int8-channel+int8-token", "int8-channel-asym+int8-token", "int8-tensor+int8-tensor-static", "int4-g128+int8-token",
-    "int4-channel+int8-token", "fp8-e4m3-tensor", "fp8-e4m3-channel", "fp8-e4m3-block128", "fp8-e4m3-tensor-bf16",
+    "int4-channel+int8-token", "int4-g128+fp8-e4m3-tensor-static", "int4-g64-bf16+fp8-e4m3-tensor-static", "fp8-e4m3-tensor", "fp8-e4m3-channel", "fp8-e4m3-block128", "fp8-e4m3-tensor-bf16",
     "fp8-e4m3-channel+fp8-e4m3-token", "fp8-e4m3-tensor+fp8-e4m3-tensor", "fp8-e4m3-tensor+fp8-e4m3-tensor-static",
     "fp8-e4m3-block128+fp8-e4m3-g128", "fp8-e4m3-channel-bf16+fp8-e4m3-token", "fp8-e5m2-tensor", "fp8-e4m3-channel-f16",
     "mxfp4", "mxfp8", "mxfp6-e2m3", "mxfp6-e3m2", "nvfp4", "mxfp4+mxfp4", "mxfp8+mxfp8", "mxfp4+mxfp8", "nvfp4+nvfp4-static",

@@ -182,6 +182,6 @@ _RULES: dict[tuple[str, str], Rule] = {
     ("modelopt", "vllm"): _modelopt("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8"),
     ("modelopt", "sglang"): _modelopt("FP8", "NVFP4"),
     ("modelopt", "tensorrt-llm"): _modelopt(
-        "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "W4A16_AWQ", "MXFP8"
+        "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "W4A16_AWQ", "W4A8_AWQ", "MXFP8"
     ),
 }

@@ -7,17 +7,21 @@
     MXFP8                        float8_e4m3fn [out, in]            uint8 E8M0 [out, in/32]
     W4A16_NVFP4, NVFP4           uint8 [out, in/2], even columns    float8_e4m3fn [out, in/16]          x.weight_scale_2 float32 [], a *multiplier*;
                                  in the low nibble                                                      NVFP4: x.input_scale float32 []
-    W4A16_AWQ                    uint8 [out/2, in], two's complement, float [out, in/g]                 x.pre_quant_scale [in], where there is one
-                                 even rows in the low nibble
+    W4A16_AWQ, W4A8_AWQ          uint8 [out/2, in], two's complement, float [out, in/g]                 x.pre_quant_scale [in], of the scales' dtype;
+                                 even rows in the low nibble                                            W4A8: x.input_scale, x.weight_scale_2 float32 []
 
-A pre_quant_scale multiplies the inputs at run time: read as a side that scales columns, never written, for fewbit folds it.
+A pre_quant_scale multiplies the inputs at run time. Read, it is a side that scales columns, unless all ones; fewbit folds scales into the layer before,
+so it writes ones, for TensorRT-LLM does not load a layer without. W4A8 rounds the decoded weights once more, to FP8 under weight_scale_2 (the largest
+weight / 448) in the kernel: it is stored for that only, w = code * weight_scale.
 
-Source: facts.md B1; nvidia-modelopt 0.47.0 `export/quant_utils.py`, `export/convert_hf_config.py`; vLLM 0.32 `quantization/modelopt.py`.
+Source: facts.md B1; nvidia-modelopt 0.47.0 `export/quant_utils.py`, `export/convert_hf_config.py`; vLLM 0.32 `quantization/modelopt.py`;
+TensorRT-LLM 1.x `_torch/modules/linear.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from fnmatch import fnmatch
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -45,6 +49,9 @@ ALGORITHMS: dict[str, Scheme] = {
     "W4A16_NVFP4": parse_scheme("nvfp4"),
 }
 _NVFP4 = ("NVFP4", "W4A16_NVFP4")
+_AWQ = ("W4A16_AWQ", "W4A8_AWQ")
+_FP8_INPUTS = parse_scheme("fp8-e4m3-tensor")
+_FP8_MAX = 448.0
 # words of config_groups for each algorithm, as ModelOpt's own converter writes them
 _GROUPS: dict[str, dict[str, Any]] = {
     "FP8": {"input_activations": {"num_bits": 8, "type": "float"}, "weights": {"num_bits": 8, "type": "float"}},
@@ -71,7 +78,9 @@ def algorithm(scheme: Scheme) -> str | None:
         and affine.blocks.rows == 1
         and affine.blocks.cols > 1
     ):
-        return "W4A16_AWQ" if scheme.activation is None else None
+        if scheme.activation is None:
+            return "W4A16_AWQ"
+        return "W4A8_AWQ" if scheme.activation == _FP8_INPUTS and scheme.static else None
     return None
 
 
@@ -80,16 +89,16 @@ def accepts(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
     name = algorithm(scheme)
     if name is None:
         known = ", ".join(str(scheme) for scheme in ALGORITHMS.values())
-        return f"ModelOpt stores {known} and int4-g128, got {scheme}"
+        return f"ModelOpt stores {known}, int4-g128 and int4-g128+fp8-e4m3-tensor-static, got {scheme}"
     if len(shape) != 2:
         return f"ModelOpt has no stacked weights here, got shape {list(shape)}"
-    return misfit(shape, columns=max(scheme.blocks.cols, 1), rows=2 if name == "W4A16_AWQ" else 1)
+    return misfit(shape, columns=max(scheme.blocks.cols, 1), rows=2 if name in _AWQ else 1)
 
 
 def conform(scheme: Scheme, dtype: str) -> Scheme:
-    """FP8 scales in float32, and the activation part that the algorithm of these weights implies where it needs no calibration."""
+    """FP8 scales in float32, those of integers in the model's dtype, and the activation part that the algorithm of these weights implies where it needs no calibration."""
     if (affine := affine_of(scheme)) is not None:
-        return scheme.with_scale_leaf(F32) if affine.bits == 4 else scheme
+        return scheme.with_scale_leaf(LEAF_GRID.get(dtype, F32)) if affine.bits == 4 else scheme
     if scheme.scale is not None and scheme.scale.is_leaf and scheme.scale.grid.name in ("f16", "bf16"):
         scheme = scheme.with_scale_leaf(F32)
     for implied in ("FP8_PER_CHANNEL_PER_TOKEN", "MXFP8"):
@@ -104,10 +113,17 @@ def parts(name: str, scheme: Scheme, shape: tuple[int, ...]) -> Parts:
     word, (rows, cols), counts = algorithm(scheme), shape, scheme.block_counts(shape)
     found: Parts = {name: ("F8_E4M3", shape)}
     scale = part(name, "scale")
-    if word == "W4A16_AWQ":
+    if word in _AWQ:
         affine = affine_of(scheme)
         assert affine is not None
-        found = {name: ("U8", (rows // 2, cols)), scale: (STORED_DTYPE[affine.scale.name], counts)}
+        dtype = STORED_DTYPE[affine.scale.name]
+        found = {
+            name: ("U8", (rows // 2, cols)),
+            scale: (dtype, counts),
+            sibling(name, "pre_quant_scale"): (dtype, (cols,)),
+        }
+        if word == "W4A8_AWQ":
+            found[part(name, "scale_2")] = ("F32", ())
     elif word in _NVFP4:
         found = {name: ("U8", (rows, cols // 2)), scale: ("F8_E4M3", counts), part(name, "scale_2"): ("F32", ())}
     elif word == "MXFP8":
@@ -133,12 +149,21 @@ def encode(name: str, q: QTensor) -> dict[str, torch.Tensor]:
     from fewbit.formats.words import input_scale, refuse_sides
     from fewbit.math.bits import pack
 
-    refuse_sides(name, q, "ModelOpt", allowed=("input_scale",))
+    awq = algorithm(q.scheme) in _AWQ
+    refuse_sides(
+        name, q, "ModelOpt", allowed=("input_scale", "column_scale", "weight_scale_2") if awq else ("input_scale",)
+    )
     scheme, word, counts = q.scheme, algorithm(q.scheme), q.scheme.block_counts(q.shape)
     codes, scale = q.codes.reshape(q.shape), part(name, "scale")
-    if word == "W4A16_AWQ":
+    if awq:
         packed = pack(codes.mT.contiguous(), 4, word=torch.uint8).mT.contiguous()
-        out = {name: packed, scale: q.scale.reshape(counts)}
+        out = {
+            name: packed,
+            scale: q.scale.reshape(counts),
+            sibling(name, "pre_quant_scale"): _pre_quant_scale(name, q),
+        }
+        if word == "W4A8_AWQ":
+            out[part(name, "scale_2")] = _second_scale(q)
     elif word in _NVFP4:
         out = {
             name: pack(codes, 4, word=torch.uint8),
@@ -152,6 +177,31 @@ def encode(name: str, q: QTensor) -> dict[str, torch.Tensor]:
     return out | ({sibling(name, "input_scale"): input_scale(name, q).reshape(())} if scheme.static else {})
 
 
+def _pre_quant_scale(name: str, q: QTensor) -> torch.Tensor:
+    """What inputs are multiplied by, in the dtype of the scales [cols]: ones unless the tensor was read with others."""
+    import torch
+
+    columns = q.sides.get("column_scale")
+    if columns is None:
+        return torch.ones(q.shape[-1], dtype=q.scale.dtype)
+    stored = columns.to(q.scale.dtype)
+    if not torch.equal(stored.float(), columns.float()):
+        raise InputError("FB-E0620", f"its scales of columns do not fit {q.scale.dtype}", tensor=name)
+    return stored
+
+
+def _second_scale(q: QTensor) -> torch.Tensor:
+    """The scale under which the kernel rounds decoded weights to FP8, float32 []: as read, else the largest weight / 448."""
+    import torch
+
+    if "weight_scale_2" in q.sides:
+        return q.sides["weight_scale_2"].float().reshape(())
+    largest = (
+        q.codes.abs().amax() * q.scale.float().abs().amax()
+    ).float()  # a bound: any scale that overflows nothing will do
+    return torch.clamp_min(largest / _FP8_MAX, torch.finfo(torch.float32).tiny)
+
+
 def decode(name: str, read: Callable[[str], torch.Tensor], stored: Stored) -> QTensor:
     """The quantised weight, code for code."""
     import torch
@@ -163,10 +213,15 @@ def decode(name: str, read: Callable[[str], torch.Tensor], stored: Stored) -> QT
     word, counts = algorithm(scheme), scheme.block_counts(shape)
     weight, scale = read(name), read(part(name, "scale"))
     sides = {"input_scale": read(sibling(name, "input_scale")).float().reshape(1)} if scheme.static else {}
-    if word == "W4A16_AWQ":
+    if word in _AWQ:
         codes = unpack(weight.mT.contiguous(), 4, shape[0], signed=True).mT.contiguous()
         if stored.facts.get("pre_quant_scale"):
-            sides["column_scale"] = read(sibling(name, "pre_quant_scale")).float().reshape(-1)
+            columns = read(sibling(name, "pre_quant_scale")).float().reshape(-1)
+            sides |= {} if bool((columns == 1).all()) else {"column_scale": columns}
+        if word == "W4A8_AWQ":
+            held = QTensor(scheme, shape, codes, scale.reshape(counts))
+            second = read(part(name, "scale_2")).float().reshape(())
+            sides |= {} if torch.equal(second, _second_scale(held)) else {"weight_scale_2": second}
         return QTensor(scheme, shape, codes, scale.reshape(counts), sides=sides)
     if word in _NVFP4:
         assert scheme.scale is not None
@@ -185,8 +240,8 @@ def decode(name: str, read: Callable[[str], torch.Tensor], stored: Stored) -> QT
 def _layer_words(scheme: Scheme) -> dict[str, Any]:
     """What `quantization` or one of `quantized_layers` says of a scheme."""
     name = algorithm(scheme)
-    if name == "W4A16_AWQ":
-        return {"quant_algo": name, "group_size": scheme.blocks.cols, "has_zero_point": False, "pre_quant_scale": False}
+    if name in _AWQ:
+        return {"quant_algo": name, "group_size": scheme.blocks.cols, "has_zero_point": False, "pre_quant_scale": True}
     return {"quant_algo": name, **({"group_size": scheme.blocks.cols} if name in (*_NVFP4, "MXFP8") else {})}
 
 
@@ -194,6 +249,8 @@ def _group_words(words: dict[str, Any], targets: list[str]) -> dict[str, Any]:
     group = _GROUPS.get(words["quant_algo"]) or {
         "weights": {"num_bits": 4, "type": "int", "group_size": words.get("group_size")}
     }
+    if words["quant_algo"] == "W4A8_AWQ":
+        group = {"input_activations": {"num_bits": 8, "type": "float"}, **group}
     if words["quant_algo"] == "FP8_PB_WO":
         group = {"weights": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}}
     return {**{key: {"dynamic": False, **value} for key, value in group.items()}, "targets": targets}
@@ -274,9 +331,11 @@ def _stored(name: str, words: dict[str, Any], manifest: Manifest) -> Stored:
     info, scale = manifest[name], manifest.get(part(name, "scale"))
     if scale is None:
         raise InputError("FB-E0621", "a quantised weight without its scales", tensor=part(name, "scale"))
-    if word == "W4A16_AWQ":
+    if word in _AWQ:
         grid = LEAF_GRID.get(scale.dtype, F32)
         scheme = Affine(4, Blocks(1, int(words.get("group_size") or 128)), "none", grid).scheme
+        if word == "W4A8_AWQ":
+            scheme = replace(scheme, activation=_FP8_INPUTS, static=True)
         shape = (info.shape[0] * 2, info.shape[1])
     elif word in ALGORITHMS:
         scheme = ALGORITHMS[word]
@@ -285,17 +344,20 @@ def _stored(name: str, words: dict[str, Any], manifest: Manifest) -> Stored:
         raise InputError("FB-E0620", f"ModelOpt algorithm {word or 'none'} is not known", tensor=name)
     promised = parts(name, scheme, shape)
     facts: dict[str, Any] = {}
+    inputs = sibling(name, "pre_quant_scale")
+    if word in _AWQ:
+        facts["pre_quant_scale"] = inputs in manifest
+        if inputs not in manifest:
+            if words.get("pre_quant_scale"):
+                raise InputError("FB-E0621", "the config says pre_quant_scale and none is stored", tensor=inputs)
+            del promised[inputs]
     for stored, (_, size) in promised.items():
         if stored not in manifest:
             raise InputError("FB-E0621", "a part of a quantised weight is not stored", tensor=stored)
         if manifest[stored].numel != prod(size):
             problem = f"{list(manifest[stored].shape)} where {word} of a weight {list(shape)} has {list(size)}"
             raise InputError("FB-E0621", f"{problem}: the config lies about the algorithm or group size", tensor=stored)
-    needed = list(promised)
-    if word == "W4A16_AWQ" and sibling(name, "pre_quant_scale") in manifest:
-        facts["pre_quant_scale"] = True
-        needed.append(sibling(name, "pre_quant_scale"))
-    return Stored(scheme, shape, tuple(needed), facts)
+    return Stored(scheme, shape, tuple(promised), facts)
 
 
 FORMAT = Format(

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from fewbit.formats.gguf import ops
 from fewbit.formats.gguf.codecs import from_blocks, to_blocks
 from fewbit.formats.gguf.plan import PlannedTensor
 from fewbit.formats.gguf.targets import Target
-from fewbit.formats.gguf.types import FLOATS
+from fewbit.formats.gguf.types import FLOATS, block_type
 from fewbit.num.qtensor import QTensor
 
 Made = TypeVar("Made", Target, PlannedTensor)
@@ -84,6 +85,15 @@ def decoded(type_name: str, data: torch.Tensor, shape: tuple[int, ...], name: st
             "FB-E0314", f"{int((~torch.isfinite(values)).sum()):,} of its values are NaN or infinite", tensor=name
         )
     return values.reshape(shape)
+
+
+def apart(q: QTensor) -> tuple[QTensor, torch.Tensor]:
+    """NVFP4 as ggml has it: blocks under their E4M3 scales, and the scales over whole matrices, float32 [matrices]."""
+    scale = q.scale
+    if not isinstance(scale, QTensor) or not isinstance(scale.scale, torch.Tensor):
+        raise InputError("FB-E0332", f"{q.scheme} has no scale over the whole tensor")
+    blocks = replace(q, scheme=block_type("NVFP4").scheme, scale=scale.codes.view(torch.float8_e4m3fn))
+    return blocks, scale.scale.float().reshape(-1)
 
 
 def users(tensors: Sequence[Made]) -> dict[str, tuple[tuple[Made, int], ...]]:

@@ -21,7 +21,7 @@ from fewbit.formats.gguf.recipes import Choice, ModelFacts, Recipe, choose, quan
 from fewbit.formats.gguf.targets import Info, Target, expand
 from fewbit.formats.gguf.types import FLOATS, TYPES, block_type
 from fewbit.formats.gguf.vocabulary import Vocabulary, read_vocabulary
-from fewbit.num.scheme import Scheme
+from fewbit.num.scheme import Scheme, parse_scheme
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 
@@ -93,6 +93,7 @@ def gguf_plan(
     imatrix: bool = False,
     name: str = "model",
     pre: str | None = None,
+    global_scales: bool = False,
 ) -> GgufPlan:
     """Plans the conversion and quantisation of a Hugging Face checkpoint.
 
@@ -105,12 +106,14 @@ def gguf_plan(
         imatrix: whether there will be an importance matrix; types that need one are marked otherwise.
         name: for general.name.
         pre: name of the pre-tokeniser, where the user knows better than fewbit.
+        global_scales: whether NVFP4 tensors get a scale over all their blocks, as a tensor of its own beside them.
 
     Raises:
         InputError: FB-E0320 .. FB-E0324, FB-E0330; several at once as `Refusals`.
     """
     if isinstance(manifest, GgufManifest):
-        return requantised(manifest, recipe, overrides, imatrix=imatrix)
+        plan = requantised(manifest, recipe, overrides, imatrix=imatrix)
+        return with_global_scales(plan) if global_scales else plan
     family = family_of(config)
     names = prepared(config, family)
     refused: list[FewbitError] = []
@@ -136,7 +139,8 @@ def gguf_plan(
     types = chosen and attempt(lambda: choose(shapes, chosen, facts, overrides, imatrix))
     if refused:
         raise _all(refused)
-    return _assembled(name, family, chosen, names, own, expanded, types, vocabulary)
+    plan = _assembled(name, family, chosen, names, own, expanded, types, vocabulary)
+    return with_global_scales(plan) if global_scales else plan
 
 
 def _assembled(
@@ -163,6 +167,26 @@ def _assembled(
     return GgufPlan(
         family.name, chosen, tensors, metadata, (*notes, *silent, *(vocabulary.notes if vocabulary else ()))
     )
+
+
+def global_scale_name(name: str) -> str:
+    """Where the scale over all blocks of an NVFP4 tensor lies: one number, or one per expert."""
+    return name.removesuffix("weight") + "scale"
+
+
+def with_global_scales(plan: GgufPlan) -> GgufPlan:
+    """The plan with a scale over the whole tensor beside every NVFP4 tensor that has none: E4M3 alone is too coarse for small weights."""
+    held = {tensor.name for tensor in plan.tensors}
+    made: list[PlannedTensor] = []
+    for tensor in plan.tensors:
+        beside = global_scale_name(tensor.name)
+        if tensor.type == "NVFP4" and tensor.scheme is not None and beside not in held:
+            made.append(replace(tensor, scheme=parse_scheme("nvfp4")))
+            count = prod(tensor.shape[:-2])
+            made.append(PlannedTensor(beside, (), (), (count,), "F32", "F32", None, "scale over the whole tensor"))
+        else:
+            made.append(tensor)
+    return replace(plan, tensors=tuple(made))
 
 
 def _all(refused: list[FewbitError]) -> FewbitError:
