@@ -1,6 +1,6 @@
 """How much of the loss of the best post-training result does training through the rounding recover, on the sample?
 
-    python bench/qat.py [--schemes int4-channel int2-g64-asym] [--steps 200] [--work DIR] > bench/results/qat.json
+    python bench/qat.py [--schemes int4-channel int2-g64] [--steps 200] [--work DIR] [--out bench/results/qat.json]
 
 For each scheme: the engine's GPTQ (whose codes training starts from), the recipe that trains scales and norms only, and the full one. Training text is the bundled
 calibration mix; KL is measured on WikiText-2 test, another domain, and on held-out text of the same kinds. `curve` has a point every few steps, on 4,096 tokens of
@@ -128,28 +128,24 @@ def run(scheme: str, args: argparse.Namespace, data: dict[str, torch.Tensor]) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--schemes", nargs="+", default=["int4-channel", "int2-g64-asym"])
+    parser.add_argument("--schemes", nargs="+", default=["int4-channel", "int2-g64"])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=12_288)
     parser.add_argument("--work", type=Path, default=Path("/tmp/fewbit-qat"))
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "bench" / "results" / "qat.json", help="rows of other schemes stay"
+    )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     data = {
         "train": calibration("default", BASE, 1024, 256, 0, 8192).tokens,
         "eval": windows(TEXT, BASE, 512, 4096, 8192).tokens,
     }
-    rows = {scheme: run(scheme, args, data) for scheme in args.schemes}
-    print(
-        json.dumps(
-            {
-                "torch": torch.__version__,
-                "threads": torch.get_num_threads(),
-                "train_windows": len(data["train"]),
-                "schemes": rows,
-            },
-            indent=1,
-        )
-    )
+    known = json.loads(args.out.read_text()) if args.out.exists() else {"schemes": {}}
+    for scheme in args.schemes:
+        known["schemes"][scheme] = run(scheme, args, data)
+        facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "train_windows": len(data["train"])}
+        args.out.write_text(json.dumps({**known, **facts}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
