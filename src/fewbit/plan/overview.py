@@ -144,7 +144,7 @@ def overview(
     made = (_row(model, label, layers, use, chosen, workers) for label in LISTED)
     rows = tuple(sorted(made, key=lambda row: -row.size.total))
     advices = tuple(advise(model, layers, device, wanted) for device in chosen)
-    by_memory = () if chosen else tuple((size, _best_within(model, layers, use, wanted, size)) for size in CLASSES)
+    by_memory = () if chosen else _best_by_memory(model, layers, wanted)
     return Overview(model, use, layers, rows, training(model, sequence=sequence), chosen, advices, by_memory)
 
 
@@ -185,9 +185,17 @@ def _offloaded(size: Size, split: Split, layers: tuple[KvLayer, ...], use: Use, 
     return offloaded_decode(split.device_bytes * share + cache, split.host_bytes * share, device, HOST_BANDWIDTH)
 
 
-def _best_within(model: Model, layers: tuple[KvLayer, ...], use: Use, wish: Wish, gib: int) -> Option | None:
-    """The option that loses least among those that fit a memory and that any engine loads."""
-    device = Device(f"{gib} GiB", "memory", "any", gib * GIB, 0.97, int(0.8e9), 0.0, {})
-    options = [option for option in advise(model, layers, device, wish).options if option.fits and not option.refused]
-    bearable = [option for option in options if option.risk != "high"]
-    return min(bearable or options, key=lambda option: (option.kl, option.size.total), default=None)
+def _best_by_memory(model: Model, layers: tuple[KvLayer, ...], wish: Wish) -> tuple[tuple[int, Option | None], ...]:
+    """(GiB, the option that loses least among those that fit so much memory and that any engine loads) for the usual cards.
+
+    What an option needs, loses and risks is the same on all of them, so they are judged once.
+    """
+    cards = {gib: Device(f"{gib} GiB", "memory", "any", gib * GIB, 0.97, int(0.8e9), 0.0, {}) for gib in CLASSES}
+    options = [option for option in advise(model, layers, cards[CLASSES[-1]], wish).options if not option.refused]
+
+    def best(card: Device) -> Option | None:
+        fitting = [option for option in options if option.needed.total - option.needed.overhead <= card.budget]
+        bearable = [option for option in fitting if option.risk != "high"]
+        return min(bearable or fitting, key=lambda option: (option.kl, option.size.total), default=None)
+
+    return tuple((gib, best(card)) for gib, card in cards.items())
