@@ -82,19 +82,20 @@ def solve_wanted(problem: Problem, stats: Stats, scheme: Scheme, options: Mappin
     search = Search(method=options["search"], steps=options["steps"])
     codes, params = _loop(problem, scheme, search, options)
     notes, shape = list(problem.notes), tuple(problem.wanted.shape)
-    quadratic = replace(problem.quadratic, w=problem.wanted)
+    quadratic, loss = replace(problem.quadratic, w=problem.wanted), None
     if options["sweeps"] and not isinstance(scheme.grid, VectorGrid):
-        codes, params, _ = sweep(
+        codes, params, loss = sweep(
             scheme, codes, params, quadratic, sweeps=options["sweeps"], tune=options["tune"] and by_row(scheme)
         )
     q = assemble(scheme, shape, codes, params)
     values = q.dequantize()
     if not _beats_rounding(problem, scheme, stats, values, search):
         nearest = quantize(scheme, problem.wanted, stats.importance, search)
-        if not quadratic.loss(values) <= quadratic.loss(nearest.dequantize()):
-            q, values = nearest, nearest.dequantize()
+        found, other = quadratic.loss(values), quadratic.loss(nearest.dequantize())
+        if not found <= other:
+            q, loss = nearest, other
             notes.append("rounding to nearest had less error than error feedback and was kept")
-    return Solved(q, quadratic.loss(values), tuple(notes))
+    return Solved(q, quadratic.loss(values) if loss is None else loss, tuple(notes))
 
 
 def _beats_rounding(problem: Problem, scheme: Scheme, stats: Stats, values: torch.Tensor, search: Search) -> bool:

@@ -2,7 +2,7 @@
 
 The loop settles each weight knowing only the earlier ones. Here all are known: with everything else held, the loss tr(G E H E^T) is a
 parabola in one weight (or in one group's scale and shift), so its best representable place is exact and each step can only lower the loss.
-Blocks of columns take turns; what a block's moves do to the slopes elsewhere arrives by one matrix product.
+Blocks of columns take turns; the slopes of a block come from all the errors there are by one matrix product when its turn comes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fewbit.solve.candidates import FINE, Candidates, groups_of, neighbours, onl
 from fewbit.solve.gptq_loop import TILE, WIDTH, Rounder
 
 WIDEST = 1024  # columns of the largest group whose parameters are tuned
-ENOUGH = 2e-3  # stop when a sweep lowers the loss by less than this share
+ENOUGH = 5e-4  # stop when a sweep changes no more than this share of the codes
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,18 @@ class Quadratic:
         moved = (values - self.w) @ self.gram
         return moved if self.outer is None else self.outer @ moved
 
-    def loss(self, values: torch.Tensor, slope: torch.Tensor | None = None) -> float:
-        slope = self.slope(values) if slope is None else slope
-        return self.unit * float(((values - self.w).double() * slope).sum())
+    def loss(self, values: torch.Tensor) -> float:
+        return self.unit * float((self.slope(values).mul_(values - self.w)).sum(dtype=torch.float64))
 
 
 @dataclass
 class State:
-    """What sweeps improve: level indices (see `Rounder`), their levels and values [rows, cols], the parameters and the loss."""
+    """What sweeps improve: level indices (see `Rounder`), their levels and values [rows, cols], and the parameters."""
 
     index: torch.Tensor
     level: torch.Tensor
     value: torch.Tensor
     params: Params
-    loss: float
 
 
 def sweep(
@@ -74,15 +72,10 @@ def sweep(
     rounder = Rounder.of(scheme.grid)
     tune = tune and _group_size(scheme, tuple(codes.shape)) <= WIDEST
     state = _start(scheme, rounder, codes, params)
-    slope = problem.slope(state.value)
-    state.loss = problem.loss(state.value, slope)
     for _ in range(sweeps):
-        before = state.loss
-        slope = _pass(scheme, rounder, state, slope, problem, tune)
-        state.loss = problem.loss(state.value, slope)
-        if before - state.loss <= ENOUGH * abs(before):
+        if _pass(scheme, rounder, state, problem, tune) <= ENOUGH * codes.numel():
             break
-    return rounder.final_codes(state.index), state.params, state.loss
+    return rounder.final_codes(state.index), state.params, problem.loss(state.value)
 
 
 def _start(scheme: Scheme, rounder: Rounder, codes: torch.Tensor, params: Params) -> State:
@@ -94,36 +87,34 @@ def _start(scheme: Scheme, rounder: Rounder, codes: torch.Tensor, params: Params
     shape = tuple(codes.shape)
     p = only(scheme, params, shape).numbers()
     s, z, v = (part[:, p.gid.long(), 0] for part in (p.scale, p.zero, p.shift))
-    return State(index.contiguous(), level, ((level - z) * s + v).contiguous(), params, 0.0)
+    return State(index.contiguous(), level, ((level - z) * s + v).contiguous(), params)
 
 
-def _pass(
-    scheme: Scheme, rounder: Rounder, state: State, slope: torch.Tensor, problem: Quadratic, tune: bool
-) -> torch.Tensor:
-    """One pass over all columns; -> the slope afterwards, computed afresh so that rounding does not add up."""
+def _pass(scheme: Scheme, rounder: Rounder, state: State, problem: Quadratic, tune: bool) -> int:
+    """One pass over all columns, each block with slopes computed afresh; -> codes changed."""
     shape = tuple(state.value.shape)
     make = neighbours(scheme, state.params, shape, FINE) if tune else only(scheme, state.params, shape)
     numbers = make.numbers()
     choice = torch.zeros(numbers.scale.shape[:2], dtype=torch.int32)
+    missing, changed = state.value - problem.w, 0
     for start, end in _ranges(scheme, shape):
-        before = state.value[:, start:end].clone()
-        groups = numbers.gid[start:end]
+        groups, cut = numbers.gid[start:end], slice(start, end)
         g0, g1 = int(groups[0]), int(groups[-1]) + 1
         parts = [part[:, g0:g1].contiguous() for part in (numbers.scale, numbers.zero, numbers.shift)]
-        cut = slice(start, end)
-        held = [t[:, cut].contiguous() for t in (state.value, slope, state.level, state.index)]
+        slope = missing @ problem.gram[:, cut]
+        if problem.outer is not None:
+            slope = problem.outer @ slope
+        held = [state.value[:, cut].contiguous(), slope, *(t[:, cut].contiguous() for t in (state.level, state.index))]
         picked = choice[:, g0:g1].contiguous()
-        _block(
-            rounder, held, problem.gram[cut, cut].contiguous(), problem.outer, parts, (groups - g0).contiguous(), picked
-        )
-        for whole, part in zip((state.value, state.level, state.index), (held[0], held[2], held[3]), strict=True):
+        gram, gid = problem.gram[cut, cut].contiguous(), (groups - g0).contiguous()
+        changed += _block(rounder, held, gram, problem.outer, parts, gid, picked)
+        for whole, part in zip((state.value, state.level, state.index), (held[0], *held[2:]), strict=True):
             whole[:, cut] = part
         choice[:, g0:g1] = picked
-        moved = (state.value[:, cut] - before) @ problem.gram[cut]
-        slope = slope + (moved if problem.outer is None else problem.outer @ moved)
+        torch.sub(held[0], problem.w[:, cut], out=missing[:, cut])
     if tune:
         state.params = make.pick(choice)
-    return problem.slope(state.value)
+    return changed
 
 
 def _block(
@@ -134,8 +125,8 @@ def _block(
     parts: list[torch.Tensor],
     gid: torch.Tensor,
     choice: torch.Tensor,
-) -> None:
-    """Coordinate descent over one block; held = value, slope, level, index [rows, cols], written in place."""
+) -> int:
+    """Coordinate descent over one block; held = value, slope, level, index [rows, cols], written in place; -> codes changed."""
     from fewbit.math.kernels import gptq_sweeps
 
     rows = held[0].shape[0]
@@ -157,7 +148,7 @@ def _block(
             *grid,
             changed,
         )
-        return
+        return int(changed.sum())
     for a in range(0, rows, TILE):
         b = min(a + TILE, rows)
         tile = [t[a:b] for t in held]
@@ -174,8 +165,8 @@ def _block(
             changed[a:b],
         )
         moved = (tile[0] - before) @ gram
-        for c, d in ((0, a), (b, rows)):
-            held[1][c:d] += outer[c:d, a:b] @ moved
+        held[1][b:] += outer[b:, a:b] @ moved
+    return int(changed.sum())
 
 
 def _ranges(scheme: Scheme, shape: tuple[int, ...]) -> list[tuple[int, int]]:
