@@ -45,6 +45,12 @@ _USUAL = rb"""W"([^"\\\x00-\x1f]{1,4096}+)"W:W\{W
 "data_offsets"W:W\[W(INT)W,W(INT)W\]W\}W([,}])"""
 # one tensor as every writer known to us puts it, to the mark behind it: (name, dtype, dims, begin, end, mark)
 _ENTRY = re.compile(_USUAL.replace(b"\n", b"").replace(b"INT", _INT).replace(b"W", _W))
+_ANY_ORDER = rb"""W"([^"\\\x00-\x1f]{1,4096}+)"W:W\{W(?:(?:
+"dtype"W:W"([A-Z0-9_]{1,16}+)"|
+"shape"W:W\[W((?:INTW(?:,WINTW){0,15}+)?+)\]|
+"data_offsets"W:W\[W(INT)W,W(INT)W\])W(?:,W(?=")|(?=\}))){3}\}W([,}])"""
+# the same with the three facts in any order; one that stands twice leaves another out, and its group empty
+_ENTRY_IN_ANY_ORDER = re.compile(_ANY_ORDER.replace(b"\n", b"").replace(b"INT", _INT).replace(b"W", _W))
 _SPACE = re.compile(_W)
 _ESCAPED = re.compile(rb'"[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+"')
 _STRING = re.compile(rb'"([^"\\\x00-\x1f]*+)"')
@@ -148,8 +154,8 @@ class _Scanner:
         self.pos = 1
         ended = self.ends(b"}")
         while not ended:
-            usual = _ENTRY.match(raw, self.pos)
-            if usual:
+            usual = _ENTRY.match(raw, self.pos) or _ENTRY_IN_ANY_ORDER.match(raw, self.pos)
+            if usual and None not in usual.groups():
                 self.usual(usual, entries)
                 ended = usual[6] == b"}"
                 continue
