@@ -14,7 +14,7 @@ import torch
 from fewbit.base.errors import InputError
 from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import Scheme
-from fewbit.runtime.kernels import int4, int8, packed
+from fewbit.runtime.kernels import direct, int4, int8, packed
 
 Held = Mapping[str, torch.Tensor]
 
@@ -30,6 +30,7 @@ class Layout:
         from_layout: (scheme, shape, tensors) -> q, exactly.
         matmul: (x [tokens, cols], tensors, scheme, shape) -> [tokens, rows] in x's dtype, without the weight's sides.
         quantises_inputs: whether the product itself quantises x as the scheme says.
+        sixteen: whether it is made for 16-bit activations: passed over for others unless it is named.
     """
 
     name: str
@@ -38,18 +39,26 @@ class Layout:
     from_layout: Callable[[Scheme, tuple[int, ...], Held], QTensor]
     matmul: Callable[..., torch.Tensor]
     quantises_inputs: bool = False
+    sixteen: bool = False
 
 
 LAYOUTS: tuple[Layout, ...] = (
     Layout("w8a8", int8.accepts_dynamic, int8.to_layout, int8.from_layout, int8.matmul_dynamic, quantises_inputs=True),
-    Layout("int8", int8.accepts, int8.to_layout, int8.from_layout, int8.matmul),
-    Layout("int4", int4.accepts, int4.to_layout, int4.from_layout, int4.matmul),
+    Layout("int8", int8.accepts, int8.to_layout, int8.from_layout, int8.matmul, sixteen=True),
+    Layout("int4", int4.accepts, int4.to_layout, int4.from_layout, int4.matmul, sixteen=True),
+    Layout("direct", direct.accepts, direct.to_layout, direct.from_layout, direct.matmul),
     Layout("packed", packed.accepts, packed.to_layout, packed.from_layout, packed.matmul),
 )
 
 
-def choose(scheme: Scheme, shape: tuple[int, ...], device: torch.device, kernel: str | None = None) -> Layout:
-    """The layout for a weight: the one named, else the first that accepts it.
+def choose(
+    scheme: Scheme,
+    shape: tuple[int, ...],
+    device: torch.device,
+    kernel: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Layout:
+    """The layout for a weight: the one named, else the first that accepts it and is made for activations of `dtype`.
 
     Raises:
         InputError: FB-E0903 for an unknown kernel or one that refuses, with every reason.
@@ -61,6 +70,8 @@ def choose(scheme: Scheme, shape: tuple[int, ...], device: torch.device, kernel:
         )
     reasons = []
     for layout in named:
+        if kernel is None and layout.sixteen and dtype.itemsize != 2:
+            continue
         reason = layout.accepts(scheme, shape, device)
         if reason is None:
             return layout

@@ -56,7 +56,7 @@ class QuantLinear(nn.Module):
     def _hold(self, q: QTensor, dtype: torch.dtype, kernel: str | None = None) -> None:
         """Takes a weight: chooses the kernel and registers its tensors."""
         self.scheme, self.shape, self.dtype = q.scheme, tuple(q.shape), dtype
-        self.layout = choose(q.scheme, self.shape, q.device, kernel)
+        self.layout = choose(q.scheme, self.shape, q.device, kernel, dtype)
         if not self.threshold >= 0 or (self.threshold and not self.layout.quantises_inputs):
             raise InputError("FB-E0904", f"a threshold of {self.threshold} with the kernel {self.layout.name!r}")
         held = self.layout.to_layout(q, dtype)

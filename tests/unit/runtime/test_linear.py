@@ -13,7 +13,7 @@ from fewbit.base.errors import InputError
 from fewbit.math.scales import quantize
 from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import parse_scheme
-from fewbit.runtime.kernels import packed
+from fewbit.runtime.kernels import direct, packed
 from fewbit.runtime.kernels.int8 import quantise_tokens
 from fewbit.runtime.layouts import LAYOUTS, choose
 from fewbit.runtime.linear import QuantLinear
@@ -23,6 +23,7 @@ EPS = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}  # of t
 WORDS = (
     "int8", "int8-tensor", "int8-g32", "int4-g32", "int4-g128", "int4-channel", "int4-g64-asym", "uint4-g32-min", "uint4-g64-asym{f16}",
     "int3-g32", "int2-g16-asym", "nf4-g64-dq", "nf4-flat64", "fp8", "fp8-e4m3-block128", "mxfp4", "nvfp4", "q4_k", "q6_k", "iq4_xs", "iq2_xs",
+    "int8-g64-asym", "q8_0", "mxfp8", "fp8-e5m2-channel", "nf4-g64", "bnbfp4-g32",
 )  # fmt: skip
 SHAPES = ((96, 256), (37, 512), (1, 256))
 RAGGED = (
@@ -94,6 +95,21 @@ def test_chunks_of_rows_make_the_whole(word: str, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(torch.cat([w for _, w in pieces]), q.dequantize())
 
 
+@pytest.mark.parametrize(
+    ("word", "cols"),
+    (("int4-g128", 200), ("q4_k", 96), ("int8-g16", 64), ("int3-g32", 64), ("int4-g64", 96), ("nf4-flat64", 96)),
+)
+def test_direct_says_what_it_cannot_read(word: str, cols: int) -> None:
+    assert direct.accepts(parse_scheme(word), (4, cols), CPU) is not None
+
+
+def test_a_code_that_is_no_number_is_refused() -> None:
+    q = made("fp8", (4, 64))
+    q.codes[2, 5] = 0x7F
+    with pytest.raises(InputError, match="FB-E0908"):
+        QuantLinear(q)
+
+
 def test_dispatch() -> None:
     wanted = {
         "int8": "int8",
@@ -101,11 +117,14 @@ def test_dispatch() -> None:
         "int4-g128": "int4",
         "q4_k": "int4",
         "int4-g128-asym": "int4",
-        "nf4-g64-dq": "packed",
-        "fp8": "packed",
+        "nf4-g64-dq": "direct",
+        "fp8": "direct",
+        "mxfp4": "direct",
+        "q6_k": "packed",
     }
     assert {word: choose(parse_scheme(word), (64, 256), CPU).name for word in wanted} == wanted
     assert choose(parse_scheme("int4-g128"), (64, 200), CPU).name == "packed"  # ragged group
+    assert choose(parse_scheme("int4-g128"), (64, 256), CPU, dtype=torch.float32).name == "direct"
     with pytest.raises(InputError, match=r"FB-E0903.*int4 needs 4-bit"):
         choose(parse_scheme("int8"), (64, 256), CPU, "int4")
     with pytest.raises(InputError, match=r"FB-E0903.*no kernel is called"):

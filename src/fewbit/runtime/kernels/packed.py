@@ -5,6 +5,7 @@ It never holds the whole float weight. It is the reference that the other kernel
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import gcd
@@ -81,17 +82,33 @@ def _step(scheme: Scheme, rows: int, cols: int) -> int:
     return max(unit, CHUNK // max(1, cols) // unit * unit)
 
 
+@functools.cache
+def _native_bf16() -> bool:
+    """Whether the CPU multiplies BF16 itself; else torch emulates it at a sixth of the speed of float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What to multiply activations of a dtype in: itself where the machine can."""
+    if device.type != "cpu" or (dtype == torch.bfloat16 and _native_bf16()):
+        return dtype
+    return dtype if dtype == torch.float64 else torch.float32
+
+
 def matmul(x: torch.Tensor, held: Held, scheme: Scheme, shape: tuple[int, ...]) -> torch.Tensor:
     """x [tokens, cols] @ w.T -> [tokens, rows] in x's dtype."""
     out = torch.empty((x.shape[0], shape[0]), dtype=x.dtype, device=x.device)
+    inputs = x.to(compute_dtype(x.dtype, x.device))
     for start, w in row_chunks(scheme, shape, held):
-        out[:, start : start + w.shape[0]] = x @ w.to(x.dtype).T
+        out[:, start : start + w.shape[0]] = inputs @ w.to(inputs.dtype).T
     return out
 
 
 def transposed_matmul(dy: torch.Tensor, held: Held, scheme: Scheme, shape: tuple[int, ...]) -> torch.Tensor:
     """dy [tokens, rows] @ w -> [tokens, cols] in dy's dtype: what the gradient of the input needs."""
+    compute = compute_dtype(dy.dtype, dy.device)
     out = torch.zeros((dy.shape[0], shape[1]), dtype=torch.float32, device=dy.device)
     for start, w in row_chunks(scheme, shape, held):
-        out += (dy[:, start : start + w.shape[0]] @ w.to(dy.dtype)).float()
+        part = dy[:, start : start + w.shape[0]].to(compute)
+        out += (part @ w.to(compute)).float()
     return out.to(dy.dtype)
