@@ -80,9 +80,10 @@ def solve_matrix(w: torch.Tensor, stats: Stats, scheme: Scheme, options: Mapping
 def solve_wanted(problem: Problem, stats: Stats, scheme: Scheme, options: Mapping[str, Any]) -> Solved:
     """Loop and sweeps for wanted weights, and the comparison with rounding them to nearest."""
     search = Search(method=options["search"], steps=options["steps"])
-    codes, params = _loop(problem, scheme, search, options)
+    codes, params, loss = _loop(problem, scheme, search, options)
+    loss /= max(1, stats.count)
     notes, shape = list(problem.notes), tuple(problem.wanted.shape)
-    quadratic, loss = replace(problem.quadratic, w=problem.wanted), None
+    quadratic = replace(problem.quadratic, w=problem.wanted)
     if options["sweeps"] and not isinstance(scheme.grid, VectorGrid):
         codes, params, loss = sweep(
             scheme, codes, params, quadratic, sweeps=options["sweeps"], tune=options["tune"] and by_row(scheme)
@@ -95,7 +96,7 @@ def solve_wanted(problem: Problem, stats: Stats, scheme: Scheme, options: Mappin
         if not found <= other:
             q, loss = nearest, other
             notes.append("rounding to nearest had less error than error feedback and was kept")
-    return Solved(q, quadratic.loss(values) if loss is None else loss, tuple(notes))
+    return Solved(q, loss, tuple(notes))
 
 
 def _beats_rounding(problem: Problem, scheme: Scheme, stats: Stats, values: torch.Tensor, search: Search) -> bool:
@@ -187,8 +188,10 @@ def _rounded(w: torch.Tensor, stats: Stats, scheme: Scheme, search: Search, note
     return Solved(q, float((w - q.dequantize()).double().square().sum()), (note,))
 
 
-def _loop(problem: Problem, scheme: Scheme, search: Search, options: Mapping[str, Any]) -> tuple[torch.Tensor, Params]:
-    """Codes [rows, cols / dim] in the tensor's order, and parameters."""
+def _loop(
+    problem: Problem, scheme: Scheme, search: Search, options: Mapping[str, Any]
+) -> tuple[torch.Tensor, Params, float]:
+    """Codes [rows, cols / dim] in the tensor's order, parameters, and the loss, summed over tokens."""
     shape = tuple(problem.wanted.shape)
     refit = options["refit"] and problem.order is None and _refits(scheme, shape)
     source = (
@@ -208,7 +211,7 @@ def _loop(problem: Problem, scheme: Scheme, search: Search, options: Mapping[str
     if problem.order is not None:
         codes = torch.empty_like(codes)
         codes[:, problem.order] = found.codes
-    return codes, source.params(shape)
+    return codes, source.params(shape), found.loss
 
 
 def _refits(scheme: Scheme, shape: tuple[int, ...]) -> bool:
