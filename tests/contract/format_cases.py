@@ -135,7 +135,8 @@ def as_found(
     """The stored tensors of one weight, and how `detect` finds it in a checkpoint of the format."""
     tensors = target.encode(name, q)
     source = {"hidden_size": q.shape[-1], "intermediate_size": q.shape[-2], "torch_dtype": "bfloat16"}
-    written, _ = target.config(source, Assignment({name: q.scheme}, kept))
+    stacks = {name: tuple(q.shape)} if len(q.shape) > 2 else {}
+    written, _ = target.config(source, Assignment({name: q.scheme}, kept, stacks=stacks))
     found = target.detect(written, manifest_of(tensors))
     assert found is not None and name in found, f"{target.name} does not recognise {name} of {sorted(tensors)}"
     assert prod(found[name].shape) == prod(q.shape)

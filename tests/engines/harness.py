@@ -8,9 +8,11 @@ The fields of a job and of its result are listed at the head of each file in dri
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +37,42 @@ def envs_root() -> Path:
     return Path(os.environ.get("FEWBIT_ENVS") or Path.home() / ".cache" / "fewbit-envs").expanduser()
 
 
+# what the development environment itself can stand in for: env -> modules that it must have, by driver
+OURSELVES = {
+    "hf": {
+        "transformers": ("transformers", "accelerate", "compressed_tensors"),
+        "bitsandbytes": ("bitsandbytes",),
+        "mlx": ("mlx.core", "mlx_lm"),
+    }
+}
+
+
 def interpreter(env: str) -> Path:
-    return envs_root() / env / "bin" / "python"
+    """The Python of an environment; our own where it is not built and ours has all that it is asked for."""
+    built = envs_root() / env / "bin" / "python"
+    return built if is_built(env) or env not in OURSELVES else Path(sys.executable)
 
 
 def is_built(env: str) -> bool:
     return (envs_root() / env / STAMP).exists()
 
 
-def require_env(env: str) -> None:
+def serves(env: str, driver: str) -> bool:
+    """Whether an environment, or ours in its place, has what a driver needs."""
+    needed = OURSELVES.get(env, {}).get(driver)
+    return is_built(env) or (needed is not None and all(map(has_module, needed)))
+
+
+def has_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def require_env(env: str, driver: str = "") -> None:
     """Skip the test, saying how to build what it lacks; with FEWBIT_REQUIRE_ENGINES set, fail instead."""
-    if is_built(env):
+    if serves(env, driver):
         return
     message = f"SKIPPED FOR LACK OF AN ENGINE: no {env!r} below {envs_root()}; build it with: python dev/envs.py {env}"
     if os.environ.get("FEWBIT_REQUIRE_ENGINES"):
@@ -55,7 +82,7 @@ def require_env(env: str) -> None:
 
 def run_driver(env: str, driver: str, job: dict[str, Any], timeout: float = 280, check: bool = True) -> dict[str, Any]:
     """Run drivers/<driver>_driver.py under the interpreter of `env`; the result, or DriverFailed unless `check` is False."""
-    require_env(env)
+    require_env(env, driver)
     script = HERE / "drivers" / f"{driver}_driver.py"
     command = [str(interpreter(env)), str(script)]
     options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "env": clean_environment()}
@@ -75,6 +102,11 @@ def run_driver(env: str, driver: str, job: dict[str, Any], timeout: float = 280,
             result,
         )
     return result
+
+
+def run_jobs(env: str, driver: str, jobs: list[dict[str, Any]], timeout: float = 900) -> list[dict[str, Any]]:
+    """Several jobs in one process of `env`: a result for each, refusals too."""
+    return run_driver(env, driver, {"jobs": jobs}, timeout)["results"]
 
 
 def clean_environment() -> dict[str, str]:

@@ -16,6 +16,7 @@ from fewbit.base.errors import InputError
 from fewbit.base.manifest import Manifest
 from fewbit.base.names import stem
 from fewbit.formats import awq, gptq
+from fewbit.formats.experts import per_expert
 from fewbit.formats.kinds import affine_of, sibling
 from fewbit.formats.table import Assignment, Format, Parts, Stored
 from fewbit.num.scheme import Scheme
@@ -123,17 +124,19 @@ def detect(config: dict[str, Any], manifest: Manifest) -> dict[str, Stored] | No
     return gptq.find({**given, "dynamic": rules}, manifest, version=1)
 
 
-FORMAT = Format(
-    name="auto-round",
-    summary="AutoRound's own: GPTQ's tensors when symmetric, AWQ's when not; transformers, vLLM, SGLang",
-    container="safetensors",
-    default_scheme="int4-g128",
-    engines=("transformers", "vllm", "sglang"),
-    accepts=accepts,
-    parts=parts,
-    encode=encode,
-    decode=decode,
-    config=config,
-    detect=detect,
-    conform=gptq.conform,
+FORMAT = per_expert(
+    Format(
+        name="auto-round",
+        summary="AutoRound's own: GPTQ's tensors when symmetric, AWQ's when not; transformers, vLLM, SGLang",
+        container="safetensors",
+        default_scheme="int4-g128",
+        engines=("transformers", "vllm", "sglang"),
+        accepts=accepts,
+        parts=parts,
+        encode=encode,
+        decode=decode,
+        config=config,
+        detect=detect,
+        conform=gptq.conform,
+    )
 )

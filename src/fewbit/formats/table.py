@@ -58,12 +58,14 @@ class Assignment:
         kept: names of two- or more-dimensional weights that stay in high precision.
         solver: name of the solver, for the record.
         options: format options the user gave, e.g. {"version": "v2"}.
+        stacks: shapes of the quantised weights that are stacks of matrices [experts, rows, cols].
     """
 
     schemes: Mapping[str, Scheme]
     kept: tuple[str, ...] = ()
     solver: str = "rtn"
     options: Mapping[str, Any] = field(default_factory=dict)
+    stacks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,7 @@ def resolve(
             errors.append(error)
     for output in outputs:
         _check_outliers(output, errors)
+        warnings += _unlike_neighbours(output)
     if errors:
         raise Refusals(errors)
     needs = sorted({need for out in outputs for job in out.quantised for need in job.needs})
@@ -189,6 +190,44 @@ def _check_outliers(output: Output, errors: list[FewbitError]) -> None:
         errors.append(InputError("FB-E0415", what))
 
 
+def _check_one_scheme(form: Format, jobs: list[Job]) -> None:
+    """Refuses different schemes in a format whose config has room for one, naming the odd ones out."""
+    by_scheme: dict[Scheme, list[str]] = {}
+    for job in jobs:
+        if job.scheme is not None:
+            by_scheme.setdefault(job.scheme, []).append(job.target)
+    if not form.one_scheme or len(by_scheme) < 2:
+        return
+    ranked = sorted(by_scheme.items(), key=lambda item: -len(item[1]))
+    listed = ", ".join(f"{scheme} for {len(names)}" for scheme, names in ranked)
+    odd = ranked[-1][1]
+    raise InputError(
+        "FB-E0620",
+        f"{form.name} has one scheme for all weights of a model, asked were {listed} (among them {', '.join(odd[:3])})",
+        tensor=odd[0],
+        remedy="give all weights one scheme, keep the odd ones (--rule 'NAME=keep'), or write compressed-tensors, gptq, modelopt or mlx",
+    )
+
+
+def _unlike_neighbours(output: Output) -> list[str]:
+    """A warning where engines that fuse q, k, v or gate, up would find different schemes in one of their matrices."""
+    if not {"vllm", "sglang"} & set(format_named(output.format).engines):
+        return []
+    found: dict[tuple[int | None, str, str], set[str]] = {}
+    for job in output.jobs:
+        for roles in (("q", "k", "v"), ("gate", "up")):
+            if job.role in roles:
+                place = job.target.rpartition(f"{job.role}_proj")[0]
+                found.setdefault((job.layer, place, ", ".join(roles)), set()).add(str(job.scheme))
+    torn = [(place, roles) for (_, place, roles), schemes in found.items() if len(schemes) > 1]
+    if not torn:
+        return []
+    place, roles = torn[0]
+    what = f"{roles} of {place.rstrip('.')} have different schemes"
+    more = f" (and {len(torn) - 1} more such places)" if len(torn) > 1 else ""
+    return [f"{output.target}: {what}{more}: vLLM and SGLang fuse them into one matrix and refuse that"]
+
+
 def _gather(errors: list[FewbitError], call: Any, *args: Any) -> Any:
     try:
         return call(*args)
@@ -220,9 +259,11 @@ def _resolve_output(
         kept=tuple(job.target for job in jobs if job.scheme is None and len(job.shape) >= 2),
         solver=recipe.method,
         options=options,
+        stacks={job.target: job.shape for job in jobs if job.scheme is not None and len(job.shape) > 2},
     )
     if not assignment.schemes and not errors:
         raise InputError("FB-E0409", f"{target}: no tensor would be quantised", remedy="check the rules and --include")
+    _check_one_scheme(form, jobs)
     new_config, small_files = form.config(dict(config), assignment)
     return Output(target, form.name, options, tuple(jobs), new_config, small_files)
 

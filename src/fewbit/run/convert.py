@@ -237,7 +237,9 @@ def _write(
     schemes: dict[str, Scheme] = {name: one.scheme for name, one in plan.weights.items() if one.scheme is not None}
     matrices = tuple(name for name in plan.kept if len(source.manifest[name].shape) > 1)
     options = {"desc_act": _reordered(source) and form.ordered}
-    config, beside = form.config(source.config, Assignment(schemes, matrices, solver="convert", options=options))
+    stacks = {name: shape for name, shape in shapes.items() if len(shape) > 2}
+    assigned = Assignment(schemes, matrices, solver="convert", options=options, stacks=stacks)
+    config, beside = form.config(source.config, assigned)
     errors: dict[str, float] = {}
     state = hashlib.sha256()
     with ShardWriter(

@@ -16,12 +16,13 @@ import torch
 
 from fewbit.base.errors import InputError
 from fewbit.base.manifest import Manifest, TensorInfo, data_bytes
+from fewbit.formats.experts import KEY as STACKED
 from fewbit.formats.table import Format, Stored, detect
 from fewbit.num.qtensor import QTensor
 from fewbit.store.checkpoint import Checkpoint, open_checkpoint
 
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-CONFIG_KEYS = ("quantization_config", "quantization")
+CONFIG_KEYS = ("quantization_config", "quantization", STACKED)
 
 
 class Source:

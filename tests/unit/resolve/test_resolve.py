@@ -157,3 +157,27 @@ def test_methods_with_outliers_need_a_format_that_holds_them() -> None:
     with pytest.raises(Refusals, match="FB-E0415"):
         resolve(manifest(LLAMA), CONFIG, Recipe(to=("compressed-tensors:int4-g128",), method="spqr"))
     assert resolve(manifest(LLAMA), CONFIG, Recipe(to=("dense:int4-g128",), method="spqr")).outputs[0].quantised
+
+
+def test_one_scheme_formats_refuse_several_before_any_work() -> None:
+    for target in ("awq:int4-g128-asym", "fp8:fp8-e4m3-block128", "bitsandbytes:nf4-flat64"):
+        other = {"a": "int4-g64-asym", "f": "fp8-e4m3-tensor", "b": "bnbfp4-flat64"}[target[0]]
+        recipe = Recipe(to=(target,), rules=(parse_rule(f"*down_proj*={other}"),))
+        with pytest.raises(Refusals, match=r"one scheme.*down_proj") as caught:
+            resolve(manifest(LLAMA), CONFIG, recipe)
+        assert [error.code for error in caught.value.errors] == ["FB-E0620"]
+
+
+def test_schemes_that_differ_inside_a_fused_matrix_are_warned_of() -> None:
+    shapes = LLAMA | {f"model.layers.0.self_attn.{part}_proj.weight": (256, 256) for part in "kv"}
+    rules = (parse_rule("*k_proj*=int8-g128"),)
+    found = resolve(manifest(shapes), CONFIG, Recipe(to=("gptq:int4-g128", "mlx:uint4-g64-min"), rules=rules[:0]))
+    assert not [text for text in found.warnings if "fuse" in text]
+    found = resolve(manifest(shapes), CONFIG, Recipe(to=("gptq:int4-g128",), rules=rules))
+    assert [text for text in found.warnings if "q, k, v of model.layers.0.self_attn" in text and "fuse" in text]
+    down = (parse_rule("*down_proj*=int8-g128"),)
+    assert not [
+        text
+        for text in resolve(manifest(shapes), CONFIG, Recipe(to=("gptq:int4-g128",), rules=down)).warnings
+        if "fuse" in text
+    ]
