@@ -13,6 +13,7 @@ import sys
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "quantize": ("fewbit.cli.quantize", "Make", "turn a checkpoint into fewer bits, in one or many formats"),
     "convert": ("fewbit.cli.convert", "Make", "change the format of a quantised checkpoint, saying what is lost"),
+    "train": ("fewbit.cli.train", "Make", "train through the rounding: a float model teaches its quantised self"),
     "run": ("fewbit.cli.run", "Make", "generate text from any checkpoint"),
     "plan": ("fewbit.cli.plan", "Decide", "memory, speed bounds and what fits, from headers alone"),
     "advise": ("fewbit.cli.advise", "Decide", "ranked choices for a device, an engine and a task, with reasons"),

@@ -1,0 +1,64 @@
+"""`fewbit train MODEL --to FORMAT:SCHEME -o OUT`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewbit.cli.output import print_json
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="float checkpoint; the teacher too")],
+    to: Annotated[str, typer.Option(help="output as FORMAT:SCHEME")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="output folder")],
+    start: Annotated[
+        str | None, typer.Option(help="checkpoint quantised to the same target, whose codes training starts from")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="full, or scales: step sizes and norms only")] = "full",
+    steps: Annotated[int, typer.Option(min=1, help="updates")] = 200,
+    batch: Annotated[int, typer.Option(min=1, help="windows in each")] = 4,
+    text: Annotated[str, typer.Option(help="text to learn from, as --calib of quantize")] = "default",
+    samples: Annotated[int, typer.Option(min=1, help="windows of text")] = 512,
+    length: Annotated[int, typer.Option(min=8, help="tokens of a window")] = 256,
+    lr: Annotated[float | None, typer.Option(help="peak learning rate of weights")] = None,
+    scale_lr: Annotated[float | None, typer.Option(help="peak learning rate of step sizes and norms")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of text and order")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output")] = False,
+    json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout, progress on stderr")] = False,
+) -> None:
+    """Train a model through the rounding: its float self teaches it, and the codes that come out are written.
+
+    Start from a GPTQ result of the same target for the best of both.
+    """
+    from fewbit.run.training import RATES, train_checkpoint
+    from fewbit.runtime.distil import Point, Schedule
+
+    def say(point: Point) -> None:
+        loss = "" if point.step == 0 else f"  loss {point.loss:.4f}"
+        typer.echo(f"step {point.step:>6}  KL {point.measures['kl']:.5f}{loss}  {point.seconds:.0f} s", err=json)
+
+    weights, rest = RATES.get(recipe, (0.0, 0.0))
+    done = train_checkpoint(
+        model,
+        to,
+        out,
+        start=start,
+        recipe=recipe,
+        schedule=Schedule(steps=steps, batch=batch, every=max(1, steps // 8), seed=seed),
+        text=text,
+        samples=samples,
+        length=length,
+        rates=(weights if lr is None else lr, rest if scale_lr is None else scale_lr),
+        overwrite=overwrite,
+        device=device,
+        on_point=say,
+    )
+    if json:
+        print_json("fewbit.train/1", done.record())
+        return
+    first, last = done.curve[0].measures["kl"], done.curve[-1].measures["kl"]
+    typer.echo(f"{done.out}: {len(done.prepared.quantised)} weights as {done.scheme}, KL {first:.5f} -> {last:.5f}")

@@ -1,0 +1,195 @@
+"""`fewbit train`: a checkpoint trained through the rounding, from file to file.
+
+    float checkpoint ──> student: fake-quantised, its codes from --start ──┐
+                    └──> teacher                                           ├─ distil ─> the same codes in the format asked for
+    text ──> windows to learn from, a few to watch                         ┘
+
+What the format will hold decides what is trained: scales in its dtype, norms in the source's, so nothing is rounded on export.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewbit.base.errors import InputError, Refusals
+from fewbit.formats.gguf.vocabulary import FILES as VOCABULARY_FILES
+from fewbit.formats.kinds import LEAF_GRID
+from fewbit.num.scheme import Scheme, leaf
+from fewbit.plan.recipe import Recipe
+from fewbit.plan.resolve import resolve
+from fewbit.run.calib import calibration
+from fewbit.run.hf import bind, build_model
+from fewbit.run.source import Source, open_source
+from fewbit.run.trained import export, start_from
+from fewbit.runtime.distil import Point, Schedule, fidelity, train
+from fewbit.runtime.load import fill
+from fewbit.runtime.qat import (
+    Prepared,
+    find_targets,
+    freeze,
+    observe,
+    parameter_groups,
+    prepare,
+    qtensors,
+    trained_floats,
+)
+
+RATES = {
+    "full": (5e-4, 3e-3),
+    "scales": (0.0, 1e-2),
+}  # recipe -> peak learning rate of weights; of step sizes and floats
+WATCHED = 8  # windows set aside to measure KL on
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training run made.
+
+    Attributes:
+        out: where it lies. scheme: of the quantised weights. prepared: what learnt and what did not.
+        curve: KL(float || student) on windows kept apart, and the loss, over the steps. tokens: trained on, repeats included.
+        warnings: sentences.
+    """
+
+    out: Path
+    scheme: str
+    prepared: Prepared
+    curve: tuple[Point, ...]
+    tokens: int
+    warnings: tuple[str, ...]
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "scheme": self.scheme,
+            "quantised": len(self.prepared.quantised),
+            "learning": self.prepared.learning,
+            "total": self.prepared.total,
+            "tokens": self.tokens,
+            "curve": [point.record() for point in self.curve],
+            "warnings": list(self.warnings),
+        }
+
+
+def train_checkpoint(
+    path: str | Path,
+    to: str,
+    out: str | Path,
+    *,
+    start: str | Path | None = None,
+    recipe: str = "full",
+    schedule: Schedule = Schedule(),  # noqa: B008
+    text: str = "default",
+    samples: int = 512,
+    length: int = 256,
+    rates: tuple[float, float] | None = None,
+    overwrite: bool = False,
+    device: str = "cpu",
+    on_point: Callable[[Point], None] | None = None,
+) -> Trained:
+    """Trains a float checkpoint behind the rounding of a format and writes it there.
+
+    Args:
+        path: float checkpoint, the teacher too.
+        to: FORMAT:SCHEME, as for quantize.
+        start: a checkpoint quantised in the same format and scheme (by GPTQ, say) whose codes and scales training starts from; None rounds to nearest.
+        recipe: full, or scales (step sizes and norms only).
+        text, samples, length: what to learn from, as calibration text.
+        rates: peak learning rates of weights and of the rest, instead of the recipe's.
+
+    Raises:
+        InputError: FB-E0410 for a quantised source, FB-E0914 for a start that does not fit, FB-E0913, FB-E0916, FB-E0917 as `prepare`, `train`, `export`.
+        Refusals: as `quantize`.
+    """
+    if recipe not in RATES:
+        raise InputError("FB-E0913", f"recipes are {' and '.join(RATES)}, got {recipe!r}")
+    with open_source(path) as source:
+        if source.quantised:
+            raise InputError(
+                "FB-E0410", "training starts from the float model; give the quantised one as start", file=path
+            )
+        scheme, names = decided(source, to)
+        student, teacher = (load_float(source).to(device) for _ in range(2))
+        found = calibration(text, source.root, samples + WATCHED, length, schedule.seed, vocabulary(student))
+        watched, learnt = found.tokens[:WATCHED], found.tokens[WATCHED:]
+        prepared = prepare(
+            student,
+            scheme,
+            recipe=recipe,  # type: ignore[arg-type]
+            start=_start(start),
+            skip=[f"re:^{re.escape(t.name)}$" for t in find_targets(student) if t.name not in names],
+            floats=_float_grid(source),
+        )
+        batches = watched.to(device).split(4)
+        observe(student, batches)
+        curve = train(
+            student,
+            learnt,
+            schedule,
+            teacher=teacher,
+            groups=parameter_groups(student, *(rates or RATES[recipe])),
+            evaluate=lambda model: fidelity(model, teacher, batches),
+            on_point=on_point,
+        )
+        freeze(student)
+        place = export(
+            qtensors(student), trained_floats(student), source, to.partition(":")[0], out, overwrite=overwrite
+        )
+    used = schedule.steps * schedule.batch * length
+    return Trained(place, str(scheme), prepared, tuple(curve), used, found.warnings)
+
+
+def decided(source: Source, to: str) -> tuple[Scheme, set[str]]:
+    """The scheme that a target gives the weights, and the parameters that it quantises by default.
+
+    Raises:
+        Refusals: as `quantize`. InputError: FB-E0917 for a target of several schemes.
+    """
+    files = {path.name: path.read_bytes() for path in source.checkpoint.aux_files if path.name in VOCABULARY_FILES}
+    plan = resolve(source.manifest, source.config, Recipe(to=(to,)), source=str(source.root), files=files)
+    jobs = plan.outputs[0].quantised
+    schemes = {job.scheme for job in jobs}
+    if len(schemes) != 1:
+        words = ", ".join(sorted(map(str, schemes)))
+        raise Refusals([InputError("FB-E0917", f"{to} uses several schemes ({words}); training takes one")])
+    slots = bind(build_model(source.config), source.manifest)
+    params = {slots[name].param for job in jobs for name in job.reads if name in slots}
+    (scheme,) = schemes
+    assert scheme is not None
+    return scheme, params
+
+
+def load_float(source: Source) -> nn.Module:
+    """The model of a float checkpoint in float32, in evaluation mode."""
+    module = build_model(source.config)
+    fill(module, bind(module, source.manifest).values(), source.read, torch.float32)
+    return module.eval()
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Rows of the input embedding."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def _start(path: str | Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    with open_source(path) as source:
+        found = start_from(source)
+    if not found:
+        raise InputError("FB-E0914", "the start holds no quantised weights", file=path)
+    return found
+
+
+def _float_grid(source: Source) -> str:
+    """The grid of the source's one-dimensional parameters, in which trained ones are stored."""
+    kinds = {info.dtype for info in source.manifest.values() if len(info.shape) == 1}
+    known = [kind for kind in ("BF16", "F16", "F32") if kind in kinds]
+    return str(leaf(LEAF_GRID[known[0]])) if known else "f32"

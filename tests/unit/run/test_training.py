@@ -1,0 +1,91 @@
+"""fewbit train: from a float checkpoint to a trained, quantised one, exactly as the student computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewbit.base.errors import FewbitError, InputError
+from fewbit.cli.app import run as cli
+from fewbit.run.source import open_source
+from fewbit.run.training import load_float, train_checkpoint
+from fewbit.runtime.distil import Schedule
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random BF16 checkpoint with the sample's tokenizer."""
+    import shutil
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama", vocab_size=8192, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(place)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "samples" / "sample" / name, place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "some.txt"
+    path.write_text((ROOT / "samples" / "text" / "wikitext2-test.txt").read_text()[:40_000])
+    return str(path)
+
+
+def test_train_lowers_kl_and_writes_codes(base: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["--samples", "24", "--length", "16", "--steps", "8", "--text", text, "--json"]
+    first = ["train", str(base), "--to", "compressed-tensors:int2-g32", "-o", str(tmp_path / "a"), *words]
+    assert cli(first) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["scheme"] == "int2-g32-bf16" and said["quantised"] == 14 and said["tokens"] == 8 * 4 * 16
+    assert said["curve"][-1]["kl"] < said["curve"][0]["kl"]
+    again = ["train", str(base), "--to", "compressed-tensors:int2-g32", "-o", str(tmp_path / "b"), *words]
+    assert cli([*again, "--start", str(tmp_path / "a"), "--recipe", "scales"]) == 0
+    on = json.loads(capsys.readouterr().out)
+    # norms start anew from the float model, codes and scales where the first run ended
+    assert on["curve"][-1]["kl"] < said["curve"][0]["kl"] and on["learning"] < said["learning"]
+    with open_source(tmp_path / "a") as a, open_source(tmp_path / "b") as b:
+        for name in a.stored:
+            assert torch.equal(a.qtensor(name).codes, b.qtensor(name).codes)  # type: ignore[union-attr]
+        assert not any(torch.equal(a.read(name), b.read(name)) for name in list(a.stored)[:2])
+
+
+def test_the_written_model_is_the_last_point_of_the_curve(base: Path, text: str, tmp_path: Path) -> None:
+    from fewbit.run.calib import calibration
+    from fewbit.runtime.distil import fidelity
+
+    schedule = Schedule(steps=4, batch=2, every=4)
+    done = train_checkpoint(
+        base, "compressed-tensors:int3-channel", tmp_path / "out", schedule=schedule, text=text, samples=16, length=16
+    )
+    tokens = calibration(text, base, 24, 16, 0, 8192).tokens[:8]
+    with open_source(base) as source, open_source(done.out) as written:
+        found = fidelity(load_float(written), load_float(source), tokens.split(4))
+    assert found["kl"] == pytest.approx(done.curve[-1].measures["kl"], rel=1e-9)
+
+
+def test_bad_words_are_refused(base: Path, text: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="FB-E0913"):
+        train_checkpoint(base, "dense:int4-g32", tmp_path / "x", recipe="half")
+    with pytest.raises(FewbitError, match="FB-E06"):
+        train_checkpoint(base, "compressed-tensors:nf4-g32", tmp_path / "x")
+    words = {"text": text, "samples": 16, "length": 16, "schedule": Schedule(steps=1, batch=2)}
+    train_checkpoint(base, "compressed-tensors:int4-g32", tmp_path / "four", **words)
+    with pytest.raises(InputError, match="FB-E0914"):
+        train_checkpoint(base, "compressed-tensors:int3-g32", tmp_path / "x", start=tmp_path / "four", **words)
+    with pytest.raises(InputError, match="FB-E0914"):
+        train_checkpoint(base, "compressed-tensors:int4-g32", tmp_path / "x", start=base, **words)
+    with pytest.raises(InputError, match="FB-E0410"):
+        train_checkpoint(tmp_path / "four", "compressed-tensors:int4-g32", tmp_path / "x", **words)
+    assert not (tmp_path / "x").exists()
