@@ -14,13 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from fewbit.math.linalg import feedback_factor
 from fewbit.math.stats import Stats
 from fewbit.num.scheme import parse_scheme
+from fewbit.solve import gptq
 from fewbit.solve.gptq import SOLVER
 
 BARE = {"search": "minmax", "refit": False, "trial": False, "sweeps": 0, "drift": False}
@@ -76,6 +77,25 @@ def output_error(w: torch.Tensor, found: torch.Tensor, gram: torch.Tensor) -> fl
     return total
 
 
+@contextmanager
+def clocked(module, name: str, spent: dict[str, float]):
+    """While this lasts, seconds spent in a function of a module are added up under its name."""
+    real = getattr(module, name)
+
+    def call(*args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return real(*args, **kwargs)
+        finally:
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
+
+    setattr(module, name, call)
+    try:
+        yield
+    finally:
+        setattr(module, name, real)
+
+
 def timed(function, *args):
     start = time.perf_counter()
     found = function(*args)
@@ -106,10 +126,14 @@ def main() -> None:
     SOLVER(w[:64, :256].contiguous(), small, scheme)  # compile
     SOLVER(w[:64, :256].contiguous(), small, scheme, options=BARE)
     result: dict = {"shape": [args.rows, args.cols], "scheme": args.scheme, "threads": args.threads}
-    _, factor = timed(feedback_factor, gram)
-    found, bare = timed(lambda: SOLVER(w, stats, scheme, options=BARE))
+    spent: dict[str, float] = {}
+    with clocked(gptq, "feedback_factor", spent), clocked(gptq, "run_loop", spent):
+        found, bare = timed(lambda: SOLVER(w, stats, scheme, options=BARE))
     result["ours bare"] = {"seconds": bare, "loss": output_error(w, found.q.dequantize(), gram)}
-    result["parts of ours bare"] = {"gram": gram_seconds, "factorisation": factor, "the rest": bare - factor}
+    whole = bare + gram_seconds
+    parts = {"hessian": gram_seconds, "factorisation": spent["feedback_factor"], "loop": spent["run_loop"]}
+    parts["the rest"] = bare - parts["factorisation"] - parts["loop"]
+    result["parts of ours bare"] = {name: {"seconds": s, "share": s / whole} for name, s in parts.items()}
     print(json.dumps(result), file=sys.stderr)
     if not args.no_full:
         found, full = timed(lambda: SOLVER(w, stats, scheme))

@@ -30,8 +30,6 @@ from fewbit.run.hf import Params
 from fewbit.run.observe import Observer, StopForward, Use
 from fewbit.run.stages import Block, ByExpert, Stage
 
-KEPT_SHARE = 0.1  # share of the memory budget that may be kept; more goes to disk
-
 Run = Callable[[torch.Tensor], torch.Tensor]
 """A block with its parameters and arguments, on hidden states [sequences, length, width]."""
 
