@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from fewbit.base.errors import InputError
+from fewbit.base.resident import peak_resident
 from fewbit.eval.cache import BaseCache, build, cache_key
 from fewbit.eval.extras import Extras, Wishes
 from fewbit.eval.gguf_view import GgufView, open_candidate
@@ -138,7 +139,7 @@ class Reference:
         )  # fmt: skip
         before = psutil.Process().memory_info().rss
         self.room = self.runner.room = fitted(self.runner, demand, options.ram, before)
-        return max(_peak_rss(), before + peak_bytes(self.runner, demand, self.room))
+        return max(peak_resident(), before + peak_bytes(self.runner, demand, self.room))
 
     def run(self) -> None:
         """Computes the base, or finds it in the cache."""
@@ -264,19 +265,13 @@ def study(
         cached = reference.cached
         made.resources = {
             "predicted_peak_bytes": predicted,
-            "peak_bytes": _peak_rss(),
+            "peak_bytes": peak_resident(),
             "forward_passes": passes,
             "base_from_cache": reference.reused,
             "cache_bytes": cached.nbytes if cached else 0,
             "full_logits_bytes": 4 * reference.runner.vocab * int(reference.windows.scored.sum()),
         }
     return made
-
-
-def _peak_rss() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _blocks(say: Say) -> Callable[[int, int], None]:

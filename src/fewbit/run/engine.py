@@ -29,6 +29,7 @@ import torch
 import fewbit
 from fewbit.base.errors import FewbitError, InputError, Interrupted
 from fewbit.base.record import digest
+from fewbit.base.resident import peak_resident
 from fewbit.formats.gguf import ops
 from fewbit.math.stats import Stats
 from fewbit.num.qtensor import QTensor
@@ -158,7 +159,7 @@ def run_plan(
         for sink in sinks:
             sink.close()
     settings.on_event({"event": "done", "seconds": time.monotonic() - started})
-    return Outcome(outputs, run.losses, run.notes, time.monotonic() - started, run.resumed, peak_rss())
+    return Outcome(outputs, run.losses, run.notes, time.monotonic() - started, run.resumed, peak_resident())
 
 
 def _open_sinks(plan: Plan, source: Source, out: Path, settings: Settings, shard_bytes: int) -> list[Sink]:
@@ -413,12 +414,3 @@ def _stoppable(run: _Run) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def peak_rss() -> int:
-    """Peak resident memory of this process so far, bytes."""
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
