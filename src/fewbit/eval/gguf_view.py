@@ -18,6 +18,7 @@ from fewbit.base.errors import InputError
 from fewbit.base.manifest import Manifest
 from fewbit.formats.gguf.encode import checkpoint_tensor, decoded, users
 from fewbit.formats.gguf.families import family_of, prepared
+from fewbit.formats.gguf.plan import global_scale_name
 from fewbit.formats.gguf.targets import Target, expand
 from fewbit.run.rewrites import untied
 from fewbit.run.source import Source
@@ -73,7 +74,12 @@ class GgufView:
 
     def _values(self, name: str) -> torch.Tensor:
         info = self.checkpoint.manifest[name]
-        return decoded(info.dtype.removeprefix("GGML:"), self.checkpoint.read(name), info.shape, name)
+        values = decoded(info.dtype.removeprefix("GGML:"), self.checkpoint.read(name), info.shape, name)
+        beside = global_scale_name(name)
+        if info.dtype != "GGML:NVFP4" or beside not in self.checkpoint.manifest:
+            return values
+        over = self.checkpoint.read(beside).float()
+        return values * (over.reshape(-1, 1, 1) if values.ndim == 3 else over)
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor of the base as the GGUF holds it, float32."""

@@ -46,10 +46,10 @@ class Effort:
 
 
 EFFORTS: dict[str, Effort] = {
-    "iq2xxs": Effort(trials=3),
-    "iq2xs": Effort(trials=3),
+    "iq2xxs": Effort(trials=3, unbias=0.8),
+    "iq2xs": Effort(trials=3, unbias=0.8),
     "iq2s": Effort((0.45, 0.58, 0.71, 0.84, 0.97, 1.1), trials=2, refine=False),
-    "iq3xxs": Effort(trials=3),
+    "iq3xxs": Effort(trials=3, unbias=0.6),
     "iq3s": Effort((0.55, 0.7, 0.8, 0.9, 1.0, 1.1), trials=2, refine=False),
     "iq1": Effort((0.25, 0.35, 0.45, 0.55, 0.7, 0.9), trials=1, refine=False),
     "iq1m": Effort((0.3, 0.42, 0.56, 0.75), trials=1, refine=False),

@@ -13,7 +13,7 @@ from fewbit.arch.infer import TensorFacts
 from fewbit.base.errors import FewbitError, InputError, Refusals
 from fewbit.base.manifest import Manifest
 from fewbit.base.names import matches
-from fewbit.formats.gguf.plan import GgufPlan, PlannedTensor, gguf_plan
+from fewbit.formats.gguf.plan import GgufPlan, PlannedTensor, gguf_plan, global_scale_name
 from fewbit.formats.gguf.recipes import recipe_names
 from fewbit.formats.gguf.types import FLOATS, TYPES, block_type
 from fewbit.plan.jobs import Job, Output
@@ -42,7 +42,7 @@ def resolve_gguf(
     chosen = _recipe_word(spelling)
     solver = SOLVERS.get(recipe.method)
     imatrix = recipe.imatrix is not None or bool(solver and solver.needs)
-    arguments: dict[str, Any] = {"imatrix": imatrix, "name": name, "pre": options.get("pre")}
+    arguments: dict[str, Any] = {"imatrix": imatrix, "name": name, "pre": options.get("pre"), "global_scales": True}
     planned = gguf_plan(manifest, config, files, chosen, None, **arguments)
     overrides = _overrides(planned, recipe)
     if overrides:
@@ -53,7 +53,8 @@ def resolve_gguf(
         notes.append(
             f"{len(weak)} tensors take types that are poor without an importance matrix: use --method imatrix or gptq"
         )
-    jobs = tuple(_job(tensor, known, recipe) for tensor in planned.tensors)
+    scales = {tensor.name: tensor for tensor in planned.tensors if not tensor.reads and not tensor.values}
+    jobs = tuple(_job(tensor, known, recipe, scales) for tensor in planned.tensors if tensor.name not in scales)
     output = Output(target, "gguf", options, jobs, {"recipe": planned.recipe.name}, {}, carry=planned)
     return output, tuple(notes)
 
@@ -83,7 +84,10 @@ def _overrides(planned: GgufPlan, recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def _job(tensor: PlannedTensor, known: Mapping[str, TensorFacts], recipe: Recipe) -> Job:
+def _job(
+    tensor: PlannedTensor, known: Mapping[str, TensorFacts], recipe: Recipe, scales: Mapping[str, PlannedTensor]
+) -> Job:
+    """The job of one tensor; the scale over an NVFP4 tensor (in `scales`) is written with it."""
     first = known.get(tensor.reads[0]) if tensor.reads else None
     quantised = tensor.type not in FLOATS
     rule = next(
@@ -91,6 +95,8 @@ def _job(tensor: PlannedTensor, known: Mapping[str, TensorFacts], recipe: Recipe
     )
     method = (rule.method if rule else None) or recipe.method
     stored = ("U8", (*tensor.shape[:-1], block_type(tensor.type).row_bytes(tensor.shape[-1])))
+    beside = scales.get(global_scale_name(tensor.name)) if tensor.type == "NVFP4" else None
+    more = {beside.name: ("F32", beside.shape)} if beside is not None else {}
     return Job(
         name=tensor.reads[0] if tensor.reads else tensor.name,
         target=tensor.name,
@@ -103,5 +109,5 @@ def _job(tensor: PlannedTensor, known: Mapping[str, TensorFacts], recipe: Recipe
         scheme=tensor.scheme if quantised else None,
         solver=method if quantised else "",
         reason=tensor.reason,
-        writes={tensor.name: stored if quantised else (tensor.type, tensor.shape)},
+        writes={tensor.name: stored if quantised else (tensor.type, tensor.shape), **more},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 
 from fewbit.base.errors import QualityError
 from fewbit.formats.gguf.card import model_card, modelfile
-from fewbit.formats.gguf.encode import source_values, tensor_bytes
+from fewbit.formats.gguf.encode import apart, source_values, tensor_bytes
 from fewbit.formats.gguf.plan import GgufPlan, PlannedTensor
 from fewbit.formats.gguf.types import FLOATS
 from fewbit.math.stats import Stats
+from fewbit.num.qtensor import QTensor
 from fewbit.plan.jobs import Job, Output
 from fewbit.run.imatrix import imatrix_bytes
 from fewbit.run.imatrix_kept import keep_stats, kept_matrix
@@ -40,6 +42,14 @@ class GgufSink(ShardSink):
         layout = lay_out_gguf(plan.layout_rows(), plan.metadata, stem=self.stem, max_bytes=split)
         super().__init__(output, source, ShardWriter(out, layout, overwrite=overwrite, sources=[source.root]))
 
+    def encode(self, job: Job, q: QTensor) -> dict[str, torch.Tensor]:
+        """The bytes of a tensor, and beside NVFP4 blocks the scale over all of them."""
+        if len(job.writes) == 1:
+            return super().encode(job, q)
+        blocks, over = apart(q)
+        beside = next(name for name in job.writes if name != job.target)
+        return {**super().encode(replace(job, writes={job.target: job.writes[job.target]}), blocks), beside: over}
+
     def copy(self, job: Job, source: Source) -> None:
         """Writes a tensor of a plain type (F32, F16, BF16), or blocks of a GGUF as they are."""
         self.copy_pieces(job, self._pieces(self.planned[job.target], source))
@@ -62,7 +72,7 @@ class GgufSink(ShardSink):
         files = [shard.name for shard in self.writer.layout.shards]
         plan, target = self.output.carry, self.output.target
         small = {
-            "README.md": model_card(plan, files, record, target, self._beside("README.md")).encode(),
+            "README.md": model_card(plan, files, record, target, self._beside("README.md"), hub_id(record)).encode(),
             "Modelfile": modelfile(files, plan, self._generation()).encode(),
         }
         matrix = kept_matrix(self.scratch / IMATRIX_PARTS, plan.tensors, record["recipe"])
@@ -96,3 +106,9 @@ class GgufSink(ShardSink):
                 raise QualityError(
                     "FB-E0412", f"planned {wanted.get(name)}, written {found.get(name)}", tensor=name, file=place
                 )
+
+
+def hub_id(record: Mapping[str, Any]) -> str:
+    """The source as the hub calls it, "" for a folder or file of this machine."""
+    source = str(record["source"])
+    return source if source.count("/") == 1 and not Path(source).expanduser().exists() else ""

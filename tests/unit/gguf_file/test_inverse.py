@@ -58,14 +58,42 @@ def test_there_and_back(name: str) -> None:
             assert again.metadata.get(key) == value, key
 
 
-def test_every_decoder_has_a_way_back() -> None:
-    assert [name for name in architectures() if "architectures" not in family_named(name).config] == ["bert"]
+def test_every_architecture_has_a_way_back() -> None:
+    assert not [name for name in architectures() if "architectures" not in family_named(name).config]
+
+
+def test_encoders_there_and_back() -> None:
+    """All encoders come back as BertModel, positions cut: the same plan again."""
+    import torch
+    import transformers
+
+    size = {
+        "vocab_size": 100,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+    }
+    small = {"vocab_size": 100, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128}
+    for kind, arguments in (("Bert", size), ("Roberta", size), ("XLMRoberta", size), ("DistilBert", small)):
+        config = getattr(transformers, f"{kind}Config")(**arguments, max_position_embeddings=66)
+        with torch.device("meta"):
+            model = getattr(transformers, f"{kind}Model")(config)
+        sources = {n: SimpleNamespace(shape=tuple(t.shape), dtype="F32") for n, t in model.state_dict().items()}
+        plan = gguf_plan(sources, {**config.to_dict(), "architectures": [f"{kind}Model"]}, {}, "Q8_0")
+        assert plan.architecture == "bert"
+        context = 64 if "oberta" in kind.lower() else 66  # positions start behind the padding token's id
+        assert plan.metadata["bert.context_length"].data == context
+        assert next(t for t in plan.tensors if t.name == "position_embd.weight").shape == (context, 64)
+        found = inverse(as_file(plan))
+        again = gguf_plan(found.manifest, found.config, {}, "Q8_0")
+        assert [(t.name, t.shape, t.type) for t in again.tensors] == [(t.name, t.shape, t.type) for t in plan.tensors]
 
 
 def test_what_cannot_be_read_back_says_so() -> None:
     info = TensorInfo("token_embd.weight", "F32", (8, 64), 2048, "m.gguf")
-    for architecture, words in (("never-heard-of", "is not known"), ("bert", "cannot be read back")):
-        with pytest.raises(InputError, match="FB-E0320") as caught:
+    for architecture, code, words in (("never-heard-of", "0320", "is not known"), ("bert", "0312", "how many blocks")):
+        with pytest.raises(InputError, match=f"FB-E{code}") as caught:
             inverse(GgufManifest({"token_embd.weight": info}, {}, {"general.architecture": meta.text(architecture)}))
         assert words in str(caught.value)
     facts = {

@@ -14,7 +14,6 @@ import yaml
 from fewbit.formats.gguf.plan import GgufPlan
 
 _TAKEN_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
-_HUB_PATH = 2  # parts of org/name
 _OLLAMA = {
     "temperature": "temperature",
     "top_k": "top_k",
@@ -54,7 +53,9 @@ def command_of(record: Mapping[str, Any], target: str) -> str:
     return " ".join(map(shlex.quote, [*words, "-o", "OUT"]))
 
 
-def model_card(plan: GgufPlan, files: Sequence[str], record: Mapping[str, Any], target: str, base: str = "") -> str:
+def model_card(
+    plan: GgufPlan, files: Sequence[str], record: Mapping[str, Any], target: str, base: str = "", hub_id: str = ""
+) -> str:
     """README.md for a GGUF.
 
     Args:
@@ -62,12 +63,13 @@ def model_card(plan: GgufPlan, files: Sequence[str], record: Mapping[str, Any], 
         record: what the run says of itself: `source`, `recipe`, `fewbit`.
         target: as the user spelt it.
         base: text of the source's own README.md, of which licence, language and task are taken over.
+        hub_id: of the source, where it came from the hub.
     """
     source = str(record["source"])
     held = front_matter(base)
     head: dict[str, Any] = {key: held[key] for key in _TAKEN_OVER if key in held}
-    if source.count("/") == _HUB_PATH - 1 and not source.startswith((".", "/", "~")):
-        head["base_model"] = source
+    if hub_id:
+        head["base_model"] = hub_id
     head |= {
         "base_model_relation": "quantized",
         "quantized_by": "fewbit",

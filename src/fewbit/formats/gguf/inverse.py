@@ -12,7 +12,7 @@ from typing import Any
 
 from fewbit.base.errors import InputError
 from fewbit.base.manifest import Manifest, TensorInfo, data_bytes
-from fewbit.formats.gguf.expressions import evaluate
+from fewbit.formats.gguf.expressions import evaluate, first
 from fewbit.formats.gguf.families import Family, family_named, prepared
 from fewbit.formats.gguf.metadata import GgufManifest, Metadata
 from fewbit.formats.gguf.shapes import parse
@@ -117,11 +117,10 @@ def _targets(key: str, rules: tuple[str, ...], manifest: Manifest, names: Mappin
     source, *ops = (part.strip() for part in rules[0].split("|"))
     name = key.removesuffix("?")
     found = []
-    for block in (
-        range(names["num_hidden_layers"] if "num_hidden_layers" in names else names["n_layer"])
-        if "{i}" in name
-        else [0]
-    ):
+    blocks = first(names.get("num_hidden_layers"), names.get("n_layer"))
+    if blocks is None:
+        raise InputError("FB-E0312", "the GGUF does not say how many blocks the model has (block_count)")
+    for block in range(blocks) if "{i}" in name else [0]:
         target = name.replace("{i}", str(block))
         if target not in manifest:
             continue
@@ -130,9 +129,9 @@ def _targets(key: str, rules: tuple[str, ...], manifest: Manifest, names: Mappin
             found.append(Target(target, (), (), info.shape, "F32", (0.0,)))
             continue
         done, _ = _undone(ops, info.shape, names)
-        first = source.replace("{i}", str(block))
+        start = source.replace("{i}", str(block))
         count = info.shape[0] if "stack" in done else 1
-        reads = tuple(first.replace("{e}", str(expert)) for expert in range(count))
+        reads = tuple(start.replace("{e}", str(expert)) for expert in range(count))
         found.append(Target(target, reads, tuple(done), info.shape, info.dtype))
     return found
 

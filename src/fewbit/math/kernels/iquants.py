@@ -57,17 +57,17 @@ def _loose(target, weight, codebook, layout, scale, loose, variant, block_error)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _start(target, weight, codebook, layout, ladder, scale, loose, variant, block_error, ideal, energy):
-    """Step 1: the scale of every block on its own, to `ideal`, and its energy."""
+def _start(target, weight, codebook, layout, ladder, scale, loose, variant, block_error, ideal, bend):
+    """Step 1: the scale of every block on its own, to `ideal`, and how its error bends with it."""
     blocks, per_block = ideal.size, layout.per_block
-    energy[:] = F(0)
+    bend[:] = F(0)
     spread, best = np.zeros(blocks, np.float32), np.empty(blocks, np.float32)
     for code in range(32):
         at, block = code // 16 * 128 + code % 16, code // per_block
         for j in range(8):
             x = target[at + j * 16]
             spread[block] = max(spread[block], abs(x))
-            energy[block] += weight[at + j * 16] * x * x
+            bend[block] += weight[at + j * 16] * x * x
     best[:] = F(np.inf)
     ideal[:] = F(0)
     for c in range(ladder.size):
@@ -77,22 +77,25 @@ def _start(target, weight, codebook, layout, ladder, scale, loose, variant, bloc
         for block in range(blocks):
             if block_error[block] < best[block]:
                 best[block], ideal[block] = block_error[block], ladder[c] * spread[block]
+    for block in range(blocks):
+        bend[block] *= inverse(ideal[block] * ideal[block])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _aligned(ideal, energy, top):
-    """The super-scale whose odd multiples are nearest to the scales of all blocks, each weighted by its energy sum h x^2.
+def _aligned(ideal, bend, top):
+    """The super-scale whose odd multiples are nearest to the scales of all blocks.
 
-    A scale that is wrong by a relative r adds about r^2 of the block's energy to its error.
+    bend: sum h x^2 of a block over its scale squared: a scale that is wrong by a relative r adds about r^2 of the block's energy to its error.
     """
     start, chosen, least = ideal.max() / F(2 * top + 1), F(0), F(np.inf)
-    for step in range(20):
-        d, total = start * (F(0.84) + F(0.03) * F(step)), F(0)
+    most = F(top)
+    for step in range(13):
+        d, total = start * (F(0.84) + F(0.04) * F(step)), F(0)
+        by = F(0.5) * inverse(d)
         for block in range(ideal.size):
-            if ideal[block] > F(0) and d > F(0):
-                k = min(max(np.rint((ideal[block] / d - F(1)) * F(0.5)), F(0)), F(top))
-                away = d * (F(2) * k + F(1)) / ideal[block] - F(1)
-                total += energy[block] * away * away
+            k = min(max(np.rint(ideal[block] * by - F(0.5)), F(0)), most)
+            away = d * (F(2) * k + F(1)) - ideal[block]
+            total += bend[block] * away * away
         if total < least:
             least, chosen = total, d
     return round_f16(chosen)
@@ -199,7 +202,7 @@ def quantize_vectors(x, h, codebook, layout, ladder, trials, refine, unbias, cod
         loose, index = np.empty(codebook.shifts.size * 32, np.float32), np.zeros(parts * 32, np.int64)
         n = codebook.levels.size
         forms = np.empty((2 * n ** (4 // parts) + 2 * n * n) * 16, np.float32)
-        block_error, best, ideal, energy = (
+        block_error, best, ideal, bend = (
             np.empty(blocks, np.float32),
             np.empty(blocks, np.float32),
             np.empty(blocks, np.float32),
@@ -214,8 +217,8 @@ def quantize_vectors(x, h, codebook, layout, ladder, trials, refine, unbias, cod
         for sup in range(chunk * 8, min(supers, chunk * 8 + 8)):
             for tile in range(2):
                 load_codes(x, h, sup * 256 + tile * 128, 16, layout.sign_bits, tile, target, weight, signs)
-            _start(target, weight, codebook, layout, ladder, scale, loose, variant, block_error, ideal, energy)
-            d = _aligned(ideal, energy, top)
+            _start(target, weight, codebook, layout, ladder, scale, loose, variant, block_error, ideal, bend)
+            d = _aligned(ideal, bend, top)
             by = inverse(d)
             for block in range(blocks):
                 exact = (ideal[block] * by - F(1)) * F(0.5)
