@@ -54,6 +54,7 @@ class Result:
             "outputs": outputs,
             "seconds": round(self.seconds, 3),
             "peak_bytes": self.peak_bytes,
+            "predicted_peak_bytes": self.plan.peak_bytes,
             "resumed": self.resumed,
             "notes": plain(self.notes),
             "verified": plain(self.verified),
