@@ -116,55 +116,6 @@ def outcome_page(result: Result) -> str:
     return render(*parts)
 
 
-def survey_page(found: dict[str, Any], tensors: bool = False) -> str:
-    """What a checkpoint holds, as `fewbit inspect` shows it."""
-    head = [
-        f"{found['path']}: {found['format']}, {found['model_type'] or 'unknown model type'}",
-        f"{human_count(found['weights'])} weights in {found['tensors']} tensors, {human_bytes(found['bytes'])}, "
-        f"{found['bits_per_weight']:.3f} bits per weight",
-    ]
-    columns = [
-        ("role", "left"),
-        ("stored as", "left"),
-        ("tensors", "right"),
-        ("weights", "right"),
-        ("bytes", "right"),
-        ("bits/w", "right"),
-    ]
-    rows = [
-        (
-            row["role"],
-            row["stored"],
-            row["tensors"],
-            human_count(row["weights"]),
-            human_bytes(row["bytes"]),
-            f"{8 * row['bytes'] / max(1, row['weights']):.3f}",
-        )
-        for row in found["groups"]
-    ]
-    parts: list[Any] = [*head, "", table(columns, rows)]
-    if tensors:
-        each = [
-            (
-                item["name"],
-                item["stored"],
-                "x".join(map(str, item["shape"])),
-                human_bytes(item["bytes"]),
-                f"{8 * item['bytes'] / max(1, item['weights']):.3f}",
-            )
-            for item in found["list"]
-        ]
-        parts += [
-            "",
-            table(
-                [("tensor", "left"), ("stored as", "left"), ("shape", "left"), ("bytes", "right"), ("bits/w", "right")],
-                each,
-            ),
-        ]
-    parts += [f"warning: {text}" for text in found["warnings"]]
-    return render(*parts)
-
-
 def conversion_page(plan: Any, done: Any = None) -> str:
     """What becomes of the weights of a checkpoint in another format, grouped by what happens to them."""
     from collections import Counter
