@@ -173,6 +173,18 @@ def snap(view: View, grid: Grid, triple: tuple[torch.Tensor | None, ...]) -> tor
     return codes.reshape(n, m, br, bc).permute(0, 2, 1, 3)
 
 
+def snap_scored(
+    view: View, grid: IntGrid, triple: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`snap` and `errors` in one pass: codes [n, block rows, m, block cols] and errors [n, 1, m, 1]."""
+    params, run = tuple(view.params(p) for p in triple), _kernels().snap_scored
+    codes, out = torch.empty(view.x.size, dtype=code_dtype(grid)), np.empty(view.padded, np.float32)
+    ends, made = (np.float32(grid.low), np.float32(grid.high)), codes.numpy()
+    view.spread(lambda a, b: run(view.x, view.size, view.h, *params, made, out, a, b, *ends))
+    n, br, m, bc = view.shape
+    return codes.reshape(n, m, br, bc).permute(0, 2, 1, 3), view.back(out)
+
+
 def search_scale(view: View, grid: Grid, bases: torch.Tensor, ratios: list[float], rounds: int) -> torch.Tensor:
     """Least-squares scales, [n, 1, m, 1], from starting scales `bases` [count, n, 1, m, 1] times each ratio."""
     base = np.stack([view.params(b) for b in bases])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import ModuleType
 
@@ -23,14 +23,14 @@ from fewbit.math import fast
 from fewbit.math.metrics import weighted_error
 from fewbit.math.nested import fit_nested
 from fewbit.math.rounding import nearest, pack_leaf, store
-from fewbit.math.search import Params, Search, Target, Triple, choose, units
+from fewbit.math.search import Params, Search, Target, Triple, choose, error_of, units
 from fewbit.math.tiles import Chunk, chunks, require_finite
 from fewbit.num.blocks import EACH
-from fewbit.num.grid import FloatGrid, VectorGrid
+from fewbit.num.grid import FloatGrid, IntGrid, VectorGrid
 from fewbit.num.qtensor import QTensor, code_dtype, expand, values_of
 from fewbit.num.scheme import Scheme, parse_scheme
 
-__all__ = ["FITTERS", "Params", "Search", "assemble", "effective", "fit", "quantize", "snap"]
+__all__ = ["FITTERS", "Params", "Search", "assemble", "effective", "fit", "quantize", "quantize_scored", "snap"]
 
 
 DEFAULT_SEARCH = Search()
@@ -116,9 +116,14 @@ def snap(scheme: Scheme, w: torch.Tensor, params: Params, importance: torch.Tens
     Returns:
         Codes [*batch, rows, cols / grid.dim] of `code_dtype(scheme.grid)`.
     """
+    return _snap_leaf(scheme, w) if scheme.is_leaf else _snap(scheme, w, params, importance)
+
+
+def _snap(
+    scheme: Scheme, w: torch.Tensor, params: Params, importance: torch.Tensor | None, scores: list[float] | None = None
+) -> torch.Tensor:
+    """`snap` for a scheme with parameters; appends the weighted squared error of each chunk to `scores`."""
     grid, shape = scheme.grid, tuple(w.shape)
-    if scheme.is_leaf:
-        return _snap_leaf(scheme, w)
     tiling = scheme.blocks.resolve(shape)
     arrays = [_block_array(scheme, params, name, shape) for name in ("scale", "code_shift", "value_shift")]
     codes = torch.empty(_codes_view(scheme, shape), dtype=code_dtype(grid), device=w.device)
@@ -128,7 +133,12 @@ def snap(scheme: Scheme, w: torch.Tensor, params: Params, importance: torch.Tens
         triple = (torch.ones((1, 1, 1, 1), device=w.device) if scale is None else scale, z, v)
         b, r, _, c, _ = chunk.index
         r, c = r * tiling.block_rows, c * tiling.block_cols // grid.dim
-        if chunk.view is not None and fast.serves(grid):
+        found: Iterator[torch.Tensor]
+        errors: torch.Tensor | None = None
+        if scores is not None and chunk.view is not None and isinstance(grid, IntGrid):
+            codes_found, errors = fast.snap_scored(chunk.view, grid, triple)
+            found = iter([codes_found])
+        elif chunk.view is not None and fast.serves(grid):
             found = iter([fast.snap(chunk.view, grid, triple)])
         else:  # several pieces only where one row of blocks is larger than a chunk
             found = (nearest(grid, units(x, triple), h if grid.dim > 1 else None) for x, h in chunk.pieces())
@@ -137,6 +147,9 @@ def snap(scheme: Scheme, w: torch.Tensor, params: Params, importance: torch.Tens
             part = part[: chunk.extent[0] + chunk.index[1] * tiling.block_rows - r]
             rows[b, r : r + part.shape[0], c : c + part.shape[1]] = part
             r += part.shape[0]
+        if scores is not None:
+            errors = error_of(Target(grid, None), chunk, triple) if errors is None else errors
+            scores.append(float(errors.sum(dtype=torch.float64)))
     return codes.view(*shape[:-1], shape[-1] // grid.dim) if shape else codes.view(())
 
 
@@ -156,25 +169,16 @@ def quantize(
     return assemble(scheme, tuple(w.shape), snap(scheme, w, params, importance), params)
 
 
-def lost(scheme: Scheme, w: torch.Tensor, q: QTensor, importance: torch.Tensor | None = None) -> float:
-    """Sum of importance * (w - dequantised)^2 for a `q` whose codes `quantize` chose: without decoding where kernels serve.
-
-    Args:
-        scheme, w, importance: as for `quantize`.
-        q: its answer.
-    """
-    if _special(scheme) is not None or scheme.is_leaf or not fast.serves(scheme.grid):
-        return weighted_error(w, q.dequantize(), importance)
-    params = Params(q.scale, q.code_shift, q.value_shift)
-    arrays = [_block_array(scheme, params, name, tuple(w.shape)) for name in ("scale", "code_shift", "value_shift")]
-    total = 0.0
-    for chunk in chunks(w, importance, scheme.blocks):
-        if chunk.view is None:
-            return weighted_error(w, q.dequantize(), importance)
-        scale, z, v = (None if a is None else chunk.take(a) for a in arrays)
-        one = torch.ones((1, 1, 1, 1), device=w.device) if scale is None else scale
-        total += float(fast.errors(chunk.view, scheme.grid, (one, z, v)).sum(dtype=torch.float64))
-    return total
+def quantize_scored(
+    scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None = None, search: Search = DEFAULT_SEARCH
+) -> tuple[QTensor, float]:
+    """`quantize`, and the sum of importance * (w - dequantised)^2 without decoding anything where no special family serves."""
+    if scheme.is_leaf or _special(scheme) is not None or isinstance(scheme.grid, VectorGrid):
+        q = quantize(scheme, w, importance, search)
+        return q, weighted_error(w, q.dequantize(), importance)
+    params, scores = fit(scheme, w, importance, search), list[float]()
+    q = assemble(scheme, tuple(w.shape), _snap(scheme, w, params, importance, scores), params)
+    return q, sum(scores)
 
 
 def effective(scheme: Scheme, params: Params, shape: tuple[int, ...]) -> tuple[torch.Tensor | None, ...]:

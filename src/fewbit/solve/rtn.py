@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fewbit.math.scales import Search, lost, quantize
+from fewbit.math.scales import Search, quantize_scored
 from fewbit.math.stats import Stats
 from fewbit.num.scheme import Scheme
 from fewbit.solve.table import Solved, Solver
@@ -21,9 +21,7 @@ def solve(w: torch.Tensor, stats: Stats | None, scheme: Scheme, *, seed: int, op
     """Round `w` [*batch, rows, cols] to nearest under searched scales; `seed` is not used."""
     importance = stats.importance if stats is not None else None
     search = Search(method=options["search"], steps=options["steps"], percentile=options["percentile"])
-    scheme = scheme.weights_only
-    q = quantize(scheme, w, importance, search)
-    return Solved(q, lost(scheme, w, q, importance))
+    return Solved(*quantize_scored(scheme.weights_only, w, importance, search))
 
 
 SOLVER = Solver(
