@@ -86,7 +86,7 @@ def run(scheme: str, args: argparse.Namespace, data: dict[str, torch.Tensor]) ->
     for recipe, steps in (("scales", args.steps // 2), ("full", args.steps)):
         model = load(BASE)
         done = prepare(model, next(iter(start.values())).scheme, recipe=recipe, start=start, floats="bf16")
-        schedule = Schedule(steps=steps, batch=4, every=max(1, steps // 8), seed=0)
+        schedule = Schedule(steps=steps, batch=args.batch, every=max(1, steps // 8), seed=0)
         say = lambda point, tag=f"{scheme} {recipe}": print(tag, point.record(), file=sys.stderr, flush=True)  # noqa: E731
         curve: list[Point] = train(
             model,
@@ -130,6 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--schemes", nargs="+", default=["int4-channel", "int2-g64"])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=4, help="windows of 256 tokens in a step")
     parser.add_argument("--tokens", type=int, default=12_288)
     parser.add_argument("--work", type=Path, default=Path("/tmp/fewbit-qat"))
     parser.add_argument(
