@@ -78,6 +78,8 @@ def run(scheme: str, args: argparse.Namespace, data: dict[str, torch.Tensor]) ->
     if not best.exists():
         api.quantize(BASE, to=f"compressed-tensors:{scheme}", method="gptq", out=best, verify=False)
     row: dict[str, Any] = {"gptq": {"seconds": time.perf_counter() - started}}
+    if args.only_start:
+        return row
     with open_source(best) as source:
         start = start_from(source)
     teacher = load(BASE)
@@ -131,6 +133,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=["int4-channel", "int2-g64"])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=4, help="windows of 256 tokens in a step")
+    parser.add_argument("--only-start", action="store_true", help="quantise the starts in --work, and stop")
     parser.add_argument("--tokens", type=int, default=12_288)
     parser.add_argument("--work", type=Path, default=Path("/tmp/fewbit-qat"))
     parser.add_argument(
@@ -144,6 +147,9 @@ def main() -> None:
     }
     known = json.loads(args.out.read_text()) if args.out.exists() else {"schemes": {}}
     for scheme in args.schemes:
+        if args.only_start:
+            print(scheme, run(scheme, args, data), file=sys.stderr)
+            continue
         known["schemes"][scheme] = run(scheme, args, data)
         facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "train_windows": len(data["train"])}
         args.out.write_text(json.dumps({**known, **facts}, indent=1) + "\n")
