@@ -17,8 +17,9 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from fewbit.run.source import Source, open_source
 
 MARGIN_DB = 6.0  # calibrated rounding trades some of a weight's own error for that of the outputs
 KEPT_DB = 40.0  # a tensor that was kept is at most cast to a 16-bit dtype
+TILE = 1 << 24  # weights of a matrix that are compared at once
 SAMPLE_ROWS = 64
 MANIFEST_NAME = "fewbit-manifest.json"
 
@@ -191,12 +193,11 @@ def _verify(place: Path, source: Source, base: Source | None, limit: int) -> Ver
             else:
                 _compare_kept(name, tensor, comparable.read(name), found)
     for name in source.stored:
-        q = _decoded(source, name, found)
-        values = q.dequantize() if q is not None else None
-        if q is None or values is None or not _check_codes(name, q, values, found):
-            continue
-        if comparable is not None and name in comparable.manifest:
-            compared.append(_compare(name, q.scheme, values, comparable.read(name), found))
+        for q in _pieces(source, name, found):
+            values = q.dequantize()
+            sound = _check_codes(name, q, values, found)
+            if sound and comparable is not None and name in comparable.manifest:
+                compared.append(_compare(name, q.scheme, values, comparable.read(name), found))
     if comparable is not None:
         _check_names(source, comparable, found)
     return Verified(
@@ -266,9 +267,9 @@ def _check_finite(name: str, tensor: torch.Tensor, found: _Findings) -> bool:
     return not count
 
 
-def _decoded(source: Source, name: str, found: _Findings) -> QTensor | None:
+def _decoded(name: str, read: Callable[[], QTensor | None], found: _Findings) -> QTensor | None:
     try:
-        q = source.qtensor(name)
+        q = read()
         if q is not None:
             q.check(name)
         return q
@@ -276,6 +277,26 @@ def _decoded(source: Source, name: str, found: _Findings) -> QTensor | None:
         kind = "finite" if "NaN" in error.message else "codes"
         found.add(kind, error.tensor or name, error.message)
         return None
+
+
+def _pieces(source: Source, name: str, found: _Findings) -> Iterator[QTensor]:
+    """A stored weight decoded; a large matrix of a GGUF in tiles of rows; nothing, and a finding, where it cannot be."""
+    stored, form = source.stored[name], source.format
+    rows, step = stored.shape[0], max(1, TILE // max(1, stored.shape[-1]))
+    if form is None or form.container != "gguf" or len(stored.shape) != 2 or step >= rows:
+        reads = [lambda: source.qtensor(name)]
+    else:
+        reads = [partial(_rows, source, name, start, min(start + step, rows)) for start in range(0, rows, step)]
+    for read in reads:
+        q = _decoded(name, read, found)
+        if q is not None:
+            yield q
+
+
+def _rows(source: Source, name: str, start: int, stop: int) -> QTensor:
+    assert source.format is not None
+    part = replace(source.stored[name], shape=(stop - start, source.stored[name].shape[-1]))
+    return source.format.decode(name, lambda one: source.checkpoint.read_rows(one, start, stop), part)
 
 
 def _check_codes(name: str, q: QTensor, values: torch.Tensor, found: _Findings) -> bool:
@@ -328,12 +349,29 @@ def _compare_gguf(source: Source, base: Source, notes: list[str], found: _Findin
             continue
         block = logical.made_of(name)
         if block in source.stored and len(info.shape) > 1:
-            compared.append(
-                _compare(name, source.stored[block].scheme, logical.read(name).float(), base.read(name), found)
-            )
+            compared.append(_compare_tiles(name, source.stored[block].scheme, logical, base, found))
         else:
             _compare_kept(name, logical.read(name), base.read(name), found)
     return compared
+
+
+def _compare_tiles(name: str, scheme: Scheme, logical: Source, base: Source, found: _Findings) -> Compared:
+    """`_compare`, a large matrix in tiles of rows; signal and noise add up over them."""
+    shape = base.manifest[name].shape
+    step = shape[0] if len(shape) != 2 or base.manifest[name].numel <= TILE else max(1, TILE // shape[1])
+    if step >= shape[0] or logical.manifest[name].shape != shape:
+        return _compare(name, scheme, logical.read(name).float(), base.read(name), found)
+    signal = noise = 0.0
+    expected = []
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        original = base.read_rows(name, start, stop).float()
+        one = _compare(name, scheme, logical.read_rows(name, start, stop).float(), original, found)
+        energy = float(original.double().square().sum())
+        signal, noise = signal + energy, noise + energy * 10 ** (-one.sqnr_db / 10)
+        expected.append(one.expected_db)
+    ratio = 10 * math.log10(signal / noise) if signal and noise else math.inf
+    return Compared(name, str(scheme), ratio, sum(expected) / len(expected))
 
 
 def _check_names(source: Source, base: Source, found: _Findings) -> None:

@@ -110,4 +110,5 @@ def _job(
         solver=method if quantised else "",
         reason=tensor.reason,
         writes={tensor.name: stored if quantised else (tensor.type, tensor.shape), **more},
+        by_rows=quantised and not more and len(tensor.shape) == 2,
     )

@@ -31,6 +31,7 @@ class Job:
         solver: name of the solver, "" when it is kept.
         reason: why, in words that stand in the plan's table.
         writes: stored tensors: name -> (dtype, shape).
+        by_rows: whether rows may be written as they are solved: each is stored apart from the others.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Job:
     solver: str
     reason: str
     writes: Parts = field(default_factory=dict)
+    by_rows: bool = False
 
     @property
     def numel(self) -> int:

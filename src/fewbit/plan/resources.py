@@ -1,11 +1,11 @@
 """Memory of a run, from shapes alone: what one job needs at its peak, and how many may run at once within a budget.
 
-A data-free job reads its tensor in tiles of rows, solves each tile, keeps only the codes and scales, and encodes them at the end:
+A data-free job reads its tensor in tiles of rows, solves each tile, keeps only the codes and scales, joins them and encodes them at the end:
 
-    peak  =  tile * (source + TEMPORARIES floats)  +  codes and scales  +  encoded tensors
+    peak  =  tile x (source + TILE_BYTES)  +  the larger of   codes twice (tiles and their join)   and   codes + what encoding takes
 
-A scheme that needs the whole tensor at once (one scale for all) has a tile of the whole tensor; a tensor that is kept is copied
-through a buffer.
+A scheme that needs the whole tensor at once (one scale for all) has a tile of the whole tensor and nothing to join; a tensor that is kept is
+copied through a buffer. The constants were fitted to the peaks of real runs: bench/plan_peak.py holds them to 15 %.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fewbit.base.errors import ResourceError
-from fewbit.base.manifest import DTYPE_BITS
+from fewbit.base.manifest import DTYPE_BITS, data_bytes
 from fewbit.num.grid import FloatGrid, VectorGrid
 from fewbit.num.scheme import Scheme
 from fewbit.plan.jobs import Job
 
 TILE_WEIGHTS = 1 << 23
 COPY_BUFFER = 1 << 25
-TEMPORARIES = 5  # float32 copies of a tile alive at once in the torch reference path of a searched fit
+TILE_BYTES = 3.7  # of one weight of a tile while it is solved: float32 and the allocator's leftovers
+# bytes of one weight that encoding takes beside the codes, by the dtype of what is stored; U8 (blocks of GGUF and others): the output and .7 more
+ENCODE_BYTES = {"I32": 2.5, "U32": 1.5, "I8": 2.0, "F8_E4M3": 0.0, "F8_E5M2": 0.0, "BF16": 6.0, "F16": 6.0, "F32": 8.0}
+TURNED_BYTES = 4.0  # where packed words run down the columns (GPTQ): they are packed in a copy that is turned round
+BLOCK_BYTES = 0.7
 BASE_BYTES = 420 << 20  # interpreter, torch, numba and their heaps, measured (dev/LOG.md)
 
 
@@ -54,19 +58,33 @@ def code_bytes(scheme: Scheme) -> float:
     return float(int(grid.bits) // 8) if isinstance(grid, FloatGrid) and grid.bits > 8 else 1.0
 
 
+def encode_bytes(job: Job) -> float:
+    """Bytes that encoding a job takes beside its codes."""
+    dtype, shape = max(job.writes.values(), key=lambda part: data_bytes(*part), default=("U8", ()))
+    if dtype == "I32" and len(shape) > 1 and shape[-1] == job.shape[-2] != shape[-2]:
+        return TURNED_BYTES * job.numel
+    if dtype in ENCODE_BYTES:
+        return ENCODE_BYTES[dtype] * job.numel
+    return job.nbytes + BLOCK_BYTES * job.numel
+
+
 def job_bytes(job: Job) -> int:
     """Peak bytes of one data-free job."""
     source = DTYPE_BITS.get(job.source_dtype, 32) / 8
     if job.scheme is None:
         return min(int(job.numel * source), COPY_BUFFER) if not job.ops else int(2 * job.numel * source)
     rows = job.shape[-2] if len(job.shape) > 1 else 1
-    tile = (
-        job.numel
-        if tile_rows(job.scheme, job.shape, job.ops) >= rows
-        else tile_rows(job.scheme, job.shape) * job.shape[-1]
-    )
-    held = job.numel * (code_bytes(job.scheme) + 0.25)
-    return int(tile * (source + 4 * TEMPORARIES) + held + job.nbytes)
+    step = tile_rows(job.scheme, job.shape, job.ops)
+    codes = job.numel * code_bytes(job.scheme) + metadata_bytes(job)
+    if step >= rows:
+        return int(codes + max(job.numel * (source + TILE_BYTES), encode_bytes(job)))
+    return int(step * job.shape[-1] * (source + TILE_BYTES) + max(2 * codes, codes + encode_bytes(job)))
+
+
+def metadata_bytes(job: Job) -> float:
+    """Bytes of scales and shifts."""
+    assert job.scheme is not None
+    return sum(part.storage_bits(job.scheme.block_counts(job.shape)) for _, part in job.scheme.parts()) / 8
 
 
 @dataclass(frozen=True)

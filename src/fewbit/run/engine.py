@@ -260,11 +260,28 @@ class _Run:
         with self.gate.hold(job_bytes(group.job)):
             if group.job.scheme is None:
                 self._copy(group)
+            elif all(job.by_rows for _, job in group.jobs):
+                self._by_rows(group)
             else:
                 self.emit(group, self.solve(group.job))
 
+    def _by_rows(self, group: Group) -> None:
+        """Solves a group tile by tile and writes each tile at once, so that a large tensor is never held whole."""
+        for start, solved in self._tiles(group.job):
+            for index, job in group.jobs:
+                self.sinks[index].put_rows(job, start, solved)
+        for index, job in group.jobs:
+            self.sinks[index].end_rows(job)
+        self._finished(group)
+
     def solve(self, job: Job) -> Solved:
-        """The data-free answer for one job, tile by tile."""
+        """The data-free answer for one job."""
+        tiles = [solved for _, solved in self._tiles(job)]
+        assert job.scheme is not None
+        return tiles[0] if len(tiles) == 1 else join_rows(job.scheme, job.shape, tiles)
+
+    def _tiles(self, job: Job) -> Iterator[tuple[int, Solved]]:
+        """(first row, answer) of each tile of rows of a data-free job."""
         assert job.scheme is not None
         solver = SOLVERS[job.solver]
         options = self.options_for(job)
@@ -281,11 +298,10 @@ class _Run:
             )
 
         if step >= rows:
-            return answer(read_weight(self.source, job))
-        tiles = [
-            answer(self.source.read_rows(job.name, start, min(rows, start + step))) for start in range(0, rows, step)
-        ]
-        return join_rows(job.scheme, job.shape, tiles)
+            yield 0, answer(read_weight(self.source, job))
+            return
+        for start in range(0, rows, step):
+            yield start, answer(self.source.read_rows(job.name, start, min(rows, start + step)))
 
     def options_for(self, job: Job) -> dict[str, Any]:
         """The recipe's solver options that this job's solver has."""

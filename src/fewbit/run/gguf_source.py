@@ -23,6 +23,8 @@ GLOBAL_SCALE = (
     "scale"  # `x.scale` beside NVFP4 blocks `x.weight`: what all of them are multiplied by, one number per expert
 )
 
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 
 class GgufAsCheckpoint(Source):
     """The float tensors that a GGUF file stands for.
@@ -79,12 +81,19 @@ class GgufAsCheckpoint(Source):
         """The tensor in the dtype of the manifest, every op undone."""
         if name not in self.manifest:
             raise InputError("FB-E0112", f"the checkpoint has no tensor {name!r}", tensor=name, file=self.root)
-        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[self.manifest[name].dtype]
+        dtype = _DTYPES[self.manifest[name].dtype]
         return checkpoint_tensor(name, self._readers, self._values).to(dtype).contiguous()
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of the first dimension."""
-        return self.read(name)[start:stop]
+        """Rows [start, stop) of the first dimension; only they are decoded where they lie in the GGUF as they are."""
+        found = self._readers.get(name, ())
+        target = found[0][0] if len(found) == 1 else None
+        if target is None or target.ops or len(target.reads) != 1 or self.global_scale(target.name) is not None:
+            return self.read(name)[start:stop]
+        info = self.checkpoint.manifest[target.name]
+        data, shape = self.checkpoint.read_rows(target.name, start, stop), (stop - start, *info.shape[1:])
+        values = decoded(info.dtype.removeprefix("GGML:"), data, shape, name)
+        return values.to(_DTYPES[self.manifest[name].dtype])
 
 
 def for_targets(source: Source, targets: Iterable[str]) -> Source:

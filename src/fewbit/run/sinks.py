@@ -11,6 +11,7 @@ import importlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +46,10 @@ class Sink(Protocol):
     def done(self, job: Job) -> dict[str, Any]: ...
 
     def put(self, job: Job, solved: Solved) -> None: ...
+
+    def put_rows(self, job: Job, start: int, solved: Solved) -> None: ...
+
+    def end_rows(self, job: Job) -> None: ...
 
     def saw(self, name: str, stats: Mapping[int | None, Stats]) -> None: ...
 
@@ -125,12 +130,29 @@ class Ledger:
         self._journal.close()
 
 
+@dataclass
+class Rows:
+    """A tensor that is written tile by tile: what was written so far."""
+
+    state: Any = field(default_factory=hashlib.sha256)
+    size: int = 0
+    loss: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, view: memoryview, solved: Solved) -> None:
+        self.state.update(view)
+        self.size += len(view)
+        self.loss += solved.loss
+        self.notes += [note for note in solved.notes if note not in self.notes]
+
+
 class ShardSink:
     """What all sinks share: a writer of files laid out beforehand, and the ledger of what is done. Abstract."""
 
     def __init__(self, output: Output, source: Source, writer: ShardWriter) -> None:
         self.output, self.source, self.writer = output, source, writer
         self.ledger: Ledger | None = None
+        self._rows: dict[str, Rows] = {}
 
     def open_journal(self, identity: dict[str, Any]) -> None:
         self.ledger = Ledger(self.writer.scratch / "journal.jsonl", identity, self.writer.sync)
@@ -174,6 +196,23 @@ class ShardSink:
             self.writer.write_at(name, 0, view)
             hashes[name] = hashlib.sha256(view).hexdigest()
         self._ledger.add(job.target, {"sha256": hashes, "loss": solved.loss, "notes": list(solved.notes)})
+
+    def put_rows(self, job: Job, start: int, solved: Solved) -> None:
+        """Writes the rows of a tensor from row `start` on; tiles come in order, for jobs that say `by_rows`, which store one tensor."""
+        (name,) = job.writes
+        part = {name: (job.writes[name][0], (solved.q.shape[0], *job.writes[name][1][1:]))}
+        view = as_bytes(self.encode(replace(job, writes=part), solved.q)[name].contiguous())
+        done = self._rows.setdefault(job.target, Rows())
+        self.writer.write_at(name, done.size, view)
+        done.add(view, solved)
+
+    def end_rows(self, job: Job) -> None:
+        """Journals a tensor all of whose rows are written."""
+        done = self._rows.pop(job.target)
+        self._ledger.add(
+            job.target,
+            {"sha256": {next(iter(job.writes)): done.state.hexdigest()}, "loss": done.loss, "notes": done.notes},
+        )
 
     def saw(self, name: str, stats: Mapping[int | None, Stats]) -> None:
         """Takes note of what calibration saw of the inputs of a stored weight, per expert of a stack; most outputs have no use for it."""
