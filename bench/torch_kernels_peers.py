@@ -6,6 +6,7 @@ python bench/torch_kernels_peers.py SPEC OUT       SPEC and OUT: JSON, see torch
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.metadata
 import json
 import statistics
@@ -21,12 +22,12 @@ from torch import nn
 torch.set_grad_enabled(False)
 
 
-def torchao(config: str, **options: Any) -> Callable[[nn.Linear], nn.Module]:
+def torchao(config: str, home: str = "torchao.quantization", **options: Any) -> Callable[[nn.Linear], nn.Module]:
     def make(layer: nn.Linear) -> nn.Module:
-        import torchao.quantization as ao
+        from torchao.quantization import quantize_
 
         holder = nn.Sequential(layer)
-        ao.quantize_(holder, getattr(ao, config)(**options))
+        quantize_(holder, getattr(importlib.import_module(home), config)(**options))
         return holder
 
     return make
@@ -64,7 +65,7 @@ PEERS: dict[str, tuple[str, float, Callable[[nn.Linear], nn.Module]]] = {  # nam
     "torchao int8 dynamic": ("w8a8", 1, torchao("Int8DynamicActivationInt8WeightConfig")),
     "torchao int8 weight-only": ("int8", 1, torchao("Int8WeightOnlyConfig")),
     "torchao int4 weight-only g128": (
-        "int4-g128", 0.5, torchao("Int4WeightOnlyConfig", group_size=128, int4_packing_format="opaque"),
+        "int4-g128", 0.5, torchao("PrototypeInt4WeightOnlyConfig", "torchao.prototype.quantization.int4", group_size=128),
     ),
     "torchao fp8 weight-only": ("fp8", 1, torchao("Float8WeightOnlyConfig")),
     "bitsandbytes nf4 double": ("nf4-g64-dq", 0.516, bnb_4bit),

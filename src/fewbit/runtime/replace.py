@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 
 from fewbit.base.errors import InputError
@@ -73,20 +74,20 @@ def quantize_(
             FB-E0702 to FB-E0704 from parsing and solving.
     """
     wanted = parse_scheme(scheme) if isinstance(scheme, str) else scheme
-    if wanted.static:
-        raise InputError("FB-E0905", f"{wanted} needs activation ranges from calibration")
-    solver = solver_named(method)
-    if solver.needs:
-        raise InputError("FB-E0905", f"{method} needs calibration statistics: {', '.join(sorted(solver.needs))}")
+    data_free(wanted, method)
     if isinstance(module, (nn.Linear, *_conv1d())):
         raise InputError("FB-E0905", f"a {type(module).__name__} cannot replace itself in place; put it into a module")
     made: dict[int, QuantLinear] = {}
     rows = []
     for parent, attribute, name, layer in list(linears(module)):
-        if _skipped(name, skip):
+        if skipped(name, skip):
             continue
         if id(layer) not in made:  # a layer that stands in two places stays one
-            made[id(layer)], row = _solve(layer, name, wanted, solver, threshold, options or {}, seed)
+            found, row = quantised_layer(
+                layer.weight.detach(), layer.bias, wanted, name=name, transposed=not isinstance(layer, nn.Linear), method=method,
+                threshold=threshold, options=options, seed=seed,
+            )  # fmt: skip
+            made[id(layer)] = found.train(layer.training)
             rows.append(row)
         setattr(parent, attribute, made[id(layer)])
         layer.weight = None  # free the float weight even where someone still holds the layer
@@ -108,26 +109,54 @@ def _conv1d() -> tuple[type[nn.Module], ...]:
     return (loaded.Conv1D,) if loaded is not None else ()
 
 
-def _skipped(name: str, skip: Collection[str]) -> bool:
+def skipped(name: str, skip: Collection[str]) -> bool:
+    """Whether a layer's full name, the last part of it, or a pattern that it matches is among those to leave alone."""
     return any(pattern in (name, name.rpartition(".")[2]) or fnmatchcase(name, pattern) for pattern in skip)
 
 
-def _solve(
-    layer: nn.Module,
-    name: str,
+def data_free(scheme: Scheme, method: str) -> Solver:
+    """The solver, where it can serve this scheme without calibration.
+
+    Raises:
+        InputError: FB-E0905 when the method needs calibration or the scheme a calibrated range.
+    """
+    if scheme.static:
+        raise InputError("FB-E0905", f"{scheme} needs activation ranges from calibration")
+    solver = solver_named(method)
+    if solver.needs:
+        raise InputError("FB-E0905", f"{method} needs calibration statistics: {', '.join(sorted(solver.needs))}")
+    return solver
+
+
+def quantised_layer(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
     scheme: Scheme,
-    solver: Solver,
-    threshold: float,
-    options: Mapping[str, Any],
-    seed: int,
+    *,
+    name: str,
+    transposed: bool = False,
+    method: str = "rtn",
+    threshold: float = 0.0,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> tuple[QuantLinear, Replaced]:
-    weight = layer.weight.detach()
+    """A layer of a float weight.
+
+    Args:
+        weight: [out_features, in_features], or [in_features, out_features] if `transposed` (Conv1D).
+        name: for errors and the report.
+        dtype: that activations will have; the weight's by default.
+
+    Raises:
+        InputError: FB-E0905 for a weight without numbers, and as `data_free`.
+    """
+    solver = data_free(scheme, method)
     if weight.is_meta or not weight.is_floating_point():
         raise InputError("FB-E0905", f"the weight is {weight.dtype} on {weight.device}", tensor=name)
-    rows_first = weight if isinstance(layer, nn.Linear) else weight.T
-    solved = solver(rows_first.float().contiguous(), None, scheme.weights_only, seed=seed, options=options)
+    rows_first = weight.T if transposed else weight
+    solved = solver(rows_first.float().contiguous(), None, scheme.weights_only, seed=seed, options=dict(options or {}))
     q = replace(solved.q, scheme=replace(solved.q.scheme, activation=scheme.activation))
-    quantised = QuantLinear(q, layer.bias, dtype=weight.dtype, threshold=threshold).train(layer.training)
+    made = QuantLinear(q, bias, dtype=dtype or weight.dtype, threshold=threshold)
     before = weight.numel() * weight.element_size()
-    row = Replaced(name, str(scheme), quantised.layout.name, before, quantised.nbytes, solved.loss, solved.notes)
-    return quantised, row
+    return made, Replaced(name, str(scheme), made.layout.name, before, made.nbytes, solved.loss, solved.notes)
