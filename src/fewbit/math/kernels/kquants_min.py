@@ -274,7 +274,9 @@ def quantize_minimum(
                 else:
                     s[_D + lane], s[_DMIN + lane] = round_f16(s[_SCALE + lane]), round_f16(s[_SHIFT + lane])
                     s[_SCALE + lane], s[_SHIFT + lane] = s[_D + lane], s[_DMIN + lane]
-            _unshrink(xt, ht, top, size, per_super, unbias, s)
+            s[_GROWTH : _GROWTH + LANES] = F(1)
+            if unbias > F(0):
+                _unshrink(xt, ht, top, size, per_super, unbias, s)
             blocks = min(LANES, count - first)
             for lane in range(blocks):
                 block, by = first + lane, s[_GROWTH + lane]

@@ -217,9 +217,11 @@ def quantize_symmetric(
                     scale[lane] = d[lane // per_super] * k[lane]
                 else:
                     d[lane] = scale[lane] = round_f16(scale[lane])
-            _unshrink(
-                xt, ht, low, high, lut, resolution, offset, size, per_super, unbias, scratch, scale, ka, kb, by
-            )  # fmt: skip
+            by[:] = F(1)
+            if unbias > F(0):
+                _unshrink(
+                    xt, ht, low, high, lut, resolution, offset, size, per_super, unbias, scratch, scale, ka, kb, by
+                )  # fmt: skip
             blocks = min(LANES, count - first)
             for lane in range(blocks):
                 if per_super > 1:
