@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fewbit.base.errors import InputError, QualityError, Refusals, ResourceError
 from fewbit.formats.gguf.vocabulary import FILES as VOCABULARY_FILES
+from fewbit.plan.calibrated import calibrated_budget
 from fewbit.plan.jobs import Plan
 from fewbit.plan.recipe import Recipe, recipe_from
 from fewbit.plan.resolve import resolve
@@ -91,8 +92,12 @@ def _decide(source: Source, model: str, recipe: Recipe, out: Path | None, ram: i
     plan = resolve(source.manifest, source.config, recipe, source=model, files=tokenizer_files(source))
     problems: list[Any] = []
     jobs = [job for output in plan.outputs for job in output.jobs]
+    limits = (ram or default_ram(), workers or default_workers())
     try:
-        plan = replace(plan, peak_bytes=budget(jobs, ram or default_ram(), workers or default_workers()).peak)
+        peak = budget(jobs, *limits).peak
+        if plan.needs:
+            peak = max(peak, calibrated_budget(plan, source.manifest, *limits).peak)
+        plan = replace(plan, peak_bytes=peak)
     except ResourceError as error:
         problems.append(error)
     if out is not None:

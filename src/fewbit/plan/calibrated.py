@@ -1,7 +1,243 @@
-"""Memory of a calibrated run, from shapes alone."""
+"""Memory of a calibrated run, from shapes alone: the largest of its phases, and how to stay within a limit.
+
+    text     embeddings and head, hidden states of one batch, the stores being filled
+    loss     the same with the logits of some sequences; then one block, its graph for one batch, and the grams of its outputs' gradients
+    blocks   one block, for each stage its grams, and what the solver makes of them; hidden states, and what is kept between passes
+    together one block, and for each of its weights a master weight, values, gradient and its averages; the block's graph
+
+Hidden states go to disk when they do not fit beside the largest phase; fewer weights are solved at a time when they do not. What then
+still does not fit is refused before any work. Which of these is chosen changes no byte of the output.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from fewbit.base.errors import ResourceError
+from fewbit.base.manifest import Manifest
+from fewbit.base.names import layer_index
+from fewbit.plan.jobs import Job, Plan
+from fewbit.plan.resources import BASE_BYTES
+from fewbit.solve.table import SOLVERS
+
 BATCH_TOKENS = 4096  # tokens that go through a block at once
-BIG_MODEL = 2_000_000_000  # parameters from which blocks are computed in bfloat16
-SPILL_SHARE = 0.3  # share of the budget that hidden states may take before they go to disk
+BIG_BLOCK = 64_000_000  # parameters of a block from which weights and hidden states are bfloat16
+SPILL_SHARE = 0.3  # share of the budget that hidden states of rewrites may take before they go to disk
+LOGITS = 1 << 24  # logits at once in the backward pass, at least those of one sequence
+MOST_OUTPUTS = 8192  # a gram of more outputs would outweigh everything else in memory
+MODEL_BYTES = 230 << 20  # transformers, its model without weights, compiled kernels; measured (dev/LOG.md)
+LARGE = 2048  # channels up to which grams are factored in float64
+FACTOR_COPIES = 4  # copies of a gram alive at once while it is factored, beside gram and cross-gram
+WEIGHT_COPIES = 8  # float32 copies of a weight alive at once in the feedback loop
+LEARNED_COPIES = 10  # the same for learned rounding: master weight, values, gradient, averages, temporaries
+# weights of these roles read the same inputs and are solved at the same time
+STAGES = (("q", "k", "v", "qkv"), ("gate", "up", "gate_up", "fc1"))
+_EXPERT = re.compile(r"experts?\.\d+\.")
+
+
+@dataclass(frozen=True)
+class CalibratedBudget:
+    """How a calibrated run uses its memory.
+
+    Attributes:
+        workers: weights of a stage solved at once. spill: whether hidden states lie on disk.
+        kept: bytes that may stay in memory of what is kept between the passes through a block.
+        peak: bytes of resident memory. phases: name -> its peak; the largest is `peak`.
+    """
+
+    workers: int
+    spill: bool
+    kept: int
+    peak: int
+    phases: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the memory of a calibrated run depends on.
+
+    Attributes:
+        itemsize: of weights and hidden states as they are run.
+        trunk: parameters outside the blocks. vocab, hidden: of the embedding.
+        blocks: the jobs of each block.
+        samples, length: of the calibration text; drift, loss: sequences of the float stream and of the backward pass.
+    """
+
+    itemsize: int
+    trunk: int
+    vocab: int
+    hidden: int
+    blocks: tuple[tuple[Job, ...], ...]
+    samples: int
+    length: int
+    drift: int
+    loss: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a batch."""
+        return min(self.samples, max(1, BATCH_TOKENS // self.length)) * self.length
+
+    def states(self, sequences: int) -> int:
+        """Bytes of the hidden states of some sequences."""
+        return sequences * self.length * self.hidden * self.itemsize
+
+
+def is_big(manifest: Manifest) -> bool:
+    """Whether a model's blocks are so large that they are run in bfloat16."""
+    sizes: dict[int, int] = {}
+    for name, info in manifest.items():
+        layer = layer_index(name)
+        if layer is not None:
+            sizes[layer] = sizes.get(layer, 0) + prod(info.shape)
+    return max(sizes.values(), default=0) >= BIG_BLOCK
+
+
+def options_of(job: Job, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a job's solver, those of the recipe over the defaults."""
+    known = SOLVERS[job.solver].options
+    return {**known, **{name: value for name, value in recipe["options"].items() if name in known}}
+
+
+def shapes_of(plan: Plan, manifest: Manifest) -> Shapes:
+    """The shapes of a plan that needs calibration."""
+    by_layer: dict[int, list[Job]] = {}
+    outside = 0
+    for job in plan.outputs[0].jobs:
+        if job.layer is None:
+            outside += job.numel
+        else:
+            by_layer.setdefault(job.layer, []).append(job)
+    embeds = [job for job in plan.outputs[0].jobs if job.role == "embed" and len(job.shape) == 2]
+    vocab, hidden = max((job.shape for job in embeds), default=(0, _widest(by_layer.values())))
+    samples = plan.recipe["calib_samples"]
+    options = [options_of(job, plan.recipe) for out in plan.outputs for job in out.quantised if job.needs]
+    drifts = any("cross_gram" in job.needs for out in plan.outputs for job in out.quantised)
+    return Shapes(
+        itemsize=2 if is_big(manifest) else 4,
+        trunk=outside,
+        vocab=vocab,
+        hidden=hidden,
+        blocks=tuple(tuple(jobs) for _, jobs in sorted(by_layer.items())),
+        samples=samples,
+        length=plan.recipe["calib_length"],
+        drift=_most(options, "drift_samples", samples) if drifts else 0,
+        loss=_most(options, "loss_samples", samples) if any(one.get("loss_weighting") for one in options) else 0,
+    )
+
+
+def _most(options: list[dict[str, Any]], name: str, every: int) -> int:
+    return min(every, max((one.get(name, every) for one in options), default=every))
+
+
+def _widest(blocks: Iterable[list[Job]]) -> int:
+    return max((job.shape[-1] for jobs in blocks for job in jobs if len(job.shape) > 1), default=1)
+
+
+def calibrated_budget(plan: Plan, manifest: Manifest, ram: int, workers: int) -> CalibratedBudget:
+    """How a calibrated run stays within a limit of resident memory.
+
+    Raises:
+        ResourceError: FB-E0510 when it cannot, naming the phase.
+    """
+    shapes = shapes_of(plan, manifest)
+    solved = {name for out in plan.outputs for job in out.quantised if job.needs for name in job.reads}
+    for keep, spill in ((True, False), (False, False), (False, True)):
+        for count in range(workers, 0, -1):
+            found = _budget(shapes, plan, solved, count, keep, spill)
+            if found.peak <= ram:
+                return found
+    worst = max(found.phases, key=lambda name: found.phases[name])
+    raise ResourceError(
+        "FB-E0510",
+        f"calibration needs {found.peak / 1e9:.2f} GB at its peak ({worst}), --ram allows {ram / 1e9:.2f} GB",
+        remedy="more --ram, fewer or shorter sequences (--calib-samples, --calib-length), or --set loss_weighting=false",
+    )
+
+
+def _budget(shapes: Shapes, plan: Plan, solved: set[str], workers: int, keep: bool, spill: bool) -> CalibratedBudget:
+    base = BASE_BYTES + MODEL_BYTES
+    kept = 0
+    if keep:  # the widest inputs and the outputs that join the residual stream, of both streams
+        widest = max((job.shape[-1] for jobs in shapes.blocks for job in jobs if len(job.shape) > 1), default=0)
+        kept = (shapes.samples + shapes.drift) * shapes.length * (widest + shapes.hidden) * shapes.itemsize
+    streams = 0 if spill else shapes.states(shapes.samples) + shapes.states(shapes.drift)
+    trunk = shapes.trunk * shapes.itemsize
+    batch = shapes.tokens * shapes.hidden * 4
+    phases = {"text": base + trunk + 3 * batch + streams}
+    if shapes.loss:
+        inputs = 0 if spill else shapes.states(shapes.loss) * (len(shapes.blocks) + 2)
+        logits = max(shapes.length * shapes.vocab, min(LOGITS, shapes.tokens * shapes.vocab))
+        phases["loss"] = base + trunk + inputs + 5 * 4 * logits + batch
+        phases["loss"] = max(phases["loss"], base + trunk + inputs + max(map(partial_backward(shapes), shapes.blocks)))
+    for jobs in shapes.blocks:
+        for name, taken in _block_phases(shapes, plan, jobs, solved, workers).items():
+            phases[name] = max(phases.get(name, 0), base + streams + taken + (kept if name == "blocks" else 0))
+    return CalibratedBudget(workers, spill, kept, max(phases.values()), phases)
+
+
+def partial_backward(shapes: Shapes) -> Any:
+    """Bytes of one block in the backward pass, as a function of its jobs."""
+
+    def taken(jobs: tuple[Job, ...]) -> int:
+        grams = sum(4 * job.shape[-2] ** 2 for job in jobs if len(job.shape) == 2 and job.shape[-2] <= MOST_OUTPUTS)
+        return sum(job.numel for job in jobs) * shapes.itemsize + graph_bytes(shapes, jobs) + grams
+
+    return taken
+
+
+def graph_bytes(shapes: Shapes, jobs: tuple[Job, ...]) -> int:
+    """What autograd keeps of one batch: inputs and outputs of every product, norms in float32."""
+    widths = sum(job.shape[-1] + job.shape[-2] for job in jobs if len(job.shape) == 2)
+    return shapes.tokens * (widths * shapes.itemsize + 6 * shapes.hidden * 4)
+
+
+def _block_phases(shapes: Shapes, plan: Plan, jobs: tuple[Job, ...], solved: set[str], workers: int) -> dict[str, int]:
+    """Bytes of one block's phases, beside what is there all the time."""
+    own = sum(job.numel for job in jobs) * shapes.itemsize * (2 if shapes.drift else 1)
+    widest = max((size for job in jobs for size in job.shape[-2:] if len(job.shape) > 1), default=1)
+    passing = shapes.tokens * (3 * widest + 4 * shapes.hidden) * shapes.itemsize
+    mine = [job for job in jobs if job.scheme is not None and solved & set(job.reads)]
+    grams = shapes.loss and sum(4 * job.shape[-2] ** 2 for job in mine if job.shape[-2] <= MOST_OUTPUTS)
+    found = {"blocks": own + passing + grams}
+    for stage in _stages(mine):
+        channels = stage[0].shape[-1]
+        experts = _grams(stage)
+        held = experts * 4 * channels**2 * (2 if shapes.drift and experts == 1 else 1)
+        flat = shapes.tokens * channels * 4 * 3
+        solving = sum(sorted((_solver_bytes(job) for job in stage), reverse=True)[:workers])
+        found["blocks"] = max(found["blocks"], own + grams + held + max(passing + flat, solving))
+    learned = [job for job in mine if SOLVERS[job.solver].together is not None]
+    if learned:
+        copies = sum(job.numel for job in learned) * 4 * LEARNED_COPIES
+        found["together"] = own + grams + copies + graph_bytes(shapes, jobs)
+    return found
+
+
+def _stages(jobs: list[Job]) -> list[list[Job]]:
+    """Jobs that are solved at the same time: those of one role, or of roles that read the same inputs."""
+    found: dict[Any, list[Job]] = {}
+    for job in jobs:
+        together = next((roles for roles in STAGES if job.role in roles), job.role)
+        found.setdefault((together, job.shape[-1]), []).append(job)
+    return list(found.values())
+
+
+def _grams(stage: list[Job]) -> int:
+    """Grams of a stage: one, or one per expert."""
+    stacked = max((prod(job.shape[:-2]) for job in stage), default=1)
+    single = len({match.group(0) for job in stage if (match := _EXPERT.search(job.name))})
+    return max(1, stacked, single)
+
+
+def _solver_bytes(job: Job) -> int:
+    """What solving one weight (one expert of a stack) takes beside its statistics."""
+    rows, channels = job.shape[-2:]
+    weight = rows * channels * 4
+    if "gram" not in SOLVERS[job.solver].needs:
+        return weight * WEIGHT_COPIES
+    return weight * WEIGHT_COPIES + channels**2 * FACTOR_COPIES * (8 if channels <= LARGE else 4)

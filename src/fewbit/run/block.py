@@ -24,15 +24,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fewbit.math.stats import Stats
-from fewbit.plan.calibrated import SPILL_SHARE
+from fewbit.plan.calibrated import calibrated_budget
 from fewbit.run.acts import ActStore
-from fewbit.run.answers import MIN_EXPERT_TOKENS, Answers
-from fewbit.run.fisher import fisher_pass, load_grams
+from fewbit.run.answers import MIN_EXPERT_TOKENS, Answers, Found
+from fewbit.run.fisher import OUTPUT, fisher_pass, load_grams
 from fewbit.run.hf import Params, Slot
 from fewbit.run.observe import Observer, StopForward, Use
-from fewbit.run.passes import KEPT_SHARE, Stream, collect, kept_bytes, survey
+from fewbit.run.passes import Stream, collect, kept_bytes, survey
 from fewbit.run.stages import Block, ByExpert, Stage, find_stages, top_up
 from fewbit.run.start import batch_size, block_model, fill, text_for
+from fewbit.run.together import Together, wants
 from fewbit.solve.table import Solved
 
 if TYPE_CHECKING:
@@ -47,11 +48,13 @@ class Calibrated:
         self.model = block_model(run.source, run.settings.device)
         self.answers = Answers(groups, run, self.model.device)
         self.needs = frozenset(run.plan.needs)
+        self.together = any(wants(made) for made in self.answers.by_tensor.values())
         text = text_for(run.source, run.plan.recipe, run.sinks[0])
         for warning in text.warnings:
             run.settings.on_event({"event": "note", "text": f"warning: {warning}"})
         self.tokens = text.tokens
         self.scratch = run.sinks[0].scratch
+        self.room = calibrated_budget(run.plan, run.source.manifest, run.settings.ram, run.settings.workers)
         self.batch = batch_size(self.tokens)
 
     # ---- the walk
@@ -71,14 +74,14 @@ class Calibrated:
         self._weigh_by_loss(trunk)
         entry = self.model.enter(trunk, self.tokens[: self.batch])
         sequences = {"quantised": self.tokens.shape[0]}
-        if "cross_gram" in self.needs:
+        if "cross_gram" in self.needs and (
+            self.together or any(options.get("drift", True) for options in self._options())
+        ):
             sequences["float"] = self._samples("drift_samples")
         shape = (self.tokens.shape[1], entry.hidden.shape[-1])
-        nbytes = sum(sequences.values()) * torch.Size(shape).numel() * self.model.dtype.itemsize
-        spill = nbytes > SPILL_SHARE * self.run.settings.ram
         stores = []
         for name, count in sequences.items():
-            path = self.scratch / f"acts-{name}.live" if spill else None
+            path = self.scratch / f"acts-{name}.live" if self.room.spill else None
             stores.append(ActStore((count, *shape), self.model.dtype, self.batch, path))
             stack.callback(stores[-1].close)
         fill(self.model, trunk, self.tokens, stores)
@@ -108,15 +111,13 @@ class Calibrated:
             for index in range(len(self.model))
         ]
         tokens = self.tokens[: self._samples("loss_samples")]
-        width = max(info.shape[-1] for info in self.run.source.manifest.values() if info.shape)
-        nbytes = tokens.numel() * width * self.model.dtype.itemsize * (len(self.model) + 2)
 
         def told(index: int) -> None:
             self.run._check_stop()
 
         fisher_pass(
             self.model, self.run.source.read, trunk, tokens, tracked, self.scratch, batch=self.batch,
-            seed=self.run.plan.recipe["seed"], spill=nbytes > SPILL_SHARE * self.run.settings.ram, on_block=told,
+            seed=self.run.plan.recipe["seed"], spill=self.room.spill, on_block=told,
         )  # fmt: skip
 
     def _resume(self, quantised: ActStore, floats: ActStore | None) -> int:
@@ -147,7 +148,10 @@ class Calibrated:
         originals = {name: value.clone() for name, value in params.items()} if floats is not None else None
         slots = self._slots(block.index)
         self.answers.grams = load_grams(self.scratch, block.index)
-        solved: set[str] = set()
+        solved: dict[str, tuple[Slot, Found]] = {}
+        together = floats is not None and any(
+            wants(self.answers.by_tensor[s.name]) for held in slots.values() for s in held
+        )
         stages = find_stages(block, params, slots, quantised.get(0)[:1])
         first, second = self._streams(block, stages, params, originals, quantised, floats)
         for number, stage in enumerate(stages):
@@ -155,14 +159,32 @@ class Calibrated:
             self._top_up(block, stage, params, quantised, stats)
             for slot, found in self._solve(stage, slots, stats):
                 self.answers.put_back(params, self.model.local(block.index, slot), slot, found[0][1].q)
-                solved.add(slot.name)
-                for group, piece in found:
+                solved[slot.name] = (slot, found if together else [])
+                for group, piece in [] if together else found:
                     yield from self.answers.assembled(group, slot.name, piece)
         for slot in (slot for held in slots.values() for slot in held if slot.name not in solved):
             yield from self.answers.without_stats(slot.name, "no matrix product of the calibration pass used it")
-        first.finish()
         if second is not None:
             second.finish()
+        if together:
+            first.close()
+            yield from self._improve(block, params, quantised, floats, solved)
+        else:
+            first.finish()
+
+    def _improve(
+        self, block: Block, params: Params, quantised: ActStore, wanted: ActStore, solved: dict[str, tuple[Slot, Found]]
+    ) -> Iterator[tuple[Group, Solved]]:
+        """Lets solvers improve the block's answers together, then takes the hidden states through it."""
+        metric = self.answers.grams.get(OUTPUT)
+        whole = Together(block, params, quantised, wanted, metric, self.answers)
+        found = {name: pieces for name, (_, pieces) in solved.items()}
+        whole.improve(found, {name: slot for name, (slot, _) in solved.items()}, self.run._check_stop)
+        for name, pieces in found.items():
+            for group, piece in pieces:
+                yield from self.answers.assembled(group, name, piece)
+        for batch in range(len(quantised)):
+            quantised.put(batch, block.run(params, quantised.get(batch)))
 
     def _streams(
         self,
@@ -176,9 +198,7 @@ class Calibrated:
         """The quantised and the float stream through a block."""
         kept = survey(block, params, stages, quantised.get(0)[:1]) if stages else None
         tokens = self.tokens.shape[1] * (quantised.shape[0] + (floats.shape[0] if floats is not None else 0))
-        spill = (
-            kept is not None and kept_bytes(kept, tokens, quantised.dtype.itemsize) > KEPT_SHARE * self.run.settings.ram
-        )
+        spill = kept is not None and kept_bytes(kept, tokens, quantised.dtype.itemsize) > self.room.kept
         files = {name: self.scratch / f"kept-{name}" if spill else None for name in ("quantised", "float")}
         first = Stream(block, params, quantised, stages, kept, files["quantised"])
         if floats is None or originals is None:
@@ -211,7 +231,7 @@ class Calibrated:
     ) -> list[tuple[Slot, list[tuple[Group, Solved]]]]:
         """The answers for all tensors of a stage, several at once."""
         members = [slot for name in stage.params for slot in slots[name]]
-        with ThreadPoolExecutor(max_workers=self.run.room.workers) as pool:
+        with ThreadPoolExecutor(max_workers=self.room.workers) as pool:
             answers = list(pool.map(partial(self.answers.solve, stats=stats), members))
         return list(zip(members, answers, strict=True))
 

@@ -22,9 +22,11 @@ from fewbit.run.acts import ActStore
 from fewbit.run.hf import BlockModel, Params, Read
 from fewbit.run.observe import Observer, Use
 
+LOGITS = 1 << 24  # logits at once, at least those of one sequence
 MOST_OUTPUTS = 8192  # a gram of more outputs would outweigh everything else in memory
 Tracked = dict[str, str]
 """Local parameter name -> stored tensor name."""
+OUTPUT = "block.output"  # stands among the weights for what comes out of the block
 
 
 def fisher_pass(
@@ -40,7 +42,7 @@ def fisher_pass(
     spill: bool,
     on_block: Callable[[int], None] = lambda index: None,
 ) -> None:
-    """Writes `fisher-<block>.safetensors` into `folder` for every block: stored tensor name -> float32 [outputs, outputs].
+    """Writes `fisher-<block>.safetensors` into `folder` for every block: stored name (and `OUTPUT`) -> float32 [outputs, outputs].
 
     Args:
         tokens: int64 [windows, length]. tracked: per block, the matrices wanted. batch: windows per step.
@@ -124,14 +126,23 @@ def _top(
     generator = torch.Generator().manual_seed(seed)
     for number in range(len(last)):
         start, stop = last.span(number)
-        hidden = last.get(number).to(model.device).clone().requires_grad_(True)
-        with torch.enable_grad():
-            logits = model.leave(trunk, tokens[start:stop], hidden)
-        slope = logits.detach().float().softmax(-1)  # of the cross entropy: probabilities less one at the label
-        labels = _drawn(slope.flatten(0, -2), generator)
-        slope.flatten(0, -2).scatter_add_(1, labels, torch.full_like(labels, -1, dtype=slope.dtype))
-        gradient.put(number, torch.autograd.grad(logits, hidden, slope.to(logits.dtype))[0])
+        few = max(1, LOGITS // (tokens.shape[1] * max(len(weight) for weight in trunk.values())))
+        pieces = zip(tokens[start:stop].split(few), last.get(number).split(few), strict=True)
+        gradient.put(number, torch.cat([_slope(model, trunk, ids, hidden, generator) for ids, hidden in pieces]))
     return gradient
+
+
+def _slope(
+    model: BlockModel, trunk: Params, ids: torch.Tensor, hidden: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Gradient of the loss at the last hidden states of some sequences."""
+    hidden = hidden.to(model.device).clone().requires_grad_(True)
+    with torch.enable_grad():
+        logits = model.leave(trunk, ids, hidden)
+    slope = logits.detach().float().softmax(-1)  # of the cross entropy: probabilities less one at the label
+    labels = _drawn(slope.flatten(0, -2), generator)
+    slope.flatten(0, -2).scatter_add_(1, labels, torch.full_like(labels, -1, dtype=slope.dtype))
+    return torch.autograd.grad(logits, hidden, slope.to(logits.dtype))[0]
 
 
 def _drawn(chances: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -163,7 +174,10 @@ def _backward(
         arguments = model.arguments(kwargs, recorded, hidden.shape[0])
         with torch.enable_grad(), Observer({name: params[name] for name in tracked}, on_output=watch):
             out = model.run_block(index, params, hidden, arguments)
-        gradient.put(number, torch.autograd.grad(out, hidden, gradient.get(number).to(model.device))[0])
+        slope = gradient.get(number).to(model.device)
+        if slope.shape[-1] <= MOST_OUTPUTS:
+            _add(grams, OUTPUT, slope)
+        gradient.put(number, torch.autograd.grad(out, hidden, slope)[0])
     return {name: gram.cpu() for name, gram in grams.items()}
 
 

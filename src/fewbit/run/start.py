@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fewbit.base.errors import InputError
-from fewbit.plan.calibrated import BATCH_TOKENS, BIG_MODEL
+from fewbit.plan.calibrated import BATCH_TOKENS, is_big
 from fewbit.run.acts import ActStore
 from fewbit.run.calib import Calibration, calibration
 from fewbit.run.hf import BlockModel, Params
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def block_model(source: Source, device: str) -> BlockModel:
     """The model of a source, in bfloat16 where it is big."""
-    dtype = torch.bfloat16 if source.manifest.numel >= BIG_MODEL else torch.float32
+    dtype = torch.bfloat16 if is_big(source.manifest) else torch.float32
     return BlockModel(source.config, source.manifest, dtype=dtype, device=device)
 
 

@@ -50,6 +50,8 @@ class Solver:
         options: every option with its default; unknown options are errors.
         summary: one line for `fewbit methods`.
         outliers: whether its answers hold weights beside the codes, which only dense outputs can store.
+        together: (loss, batches, start, wanted, *, seed, options, check_stop) -> {name: Solved}, called for all weights of a block once each is
+            solved, to improve them together; see `solve.learned`. None for solvers of single weights.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Solver:
     options: Mapping[str, Any] = field(default_factory=dict)
     summary: str = ""
     outliers: bool = False
+    together: Callable[..., dict[str, Solved]] | None = None
 
     def __call__(
         self,
@@ -113,6 +116,7 @@ SOLVERS: Mapping[str, Solver] = _Table(
         "rtn": "fewbit.solve.rtn",
         "hqq": "fewbit.solve.hqq",
         "gptq": "fewbit.solve.gptq",
+        "learned": "fewbit.solve.learned",
         "spqr": "fewbit.solve.spqr",
         "int8-split": "fewbit.solve.int8_split",
         "imatrix": "fewbit.solve.rtn:WEIGHTED",
