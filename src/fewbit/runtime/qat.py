@@ -166,7 +166,9 @@ def find_targets(model: nn.Module, transposed: Collection[str] = ()) -> Iterator
 
 
 def refuse_inputs(scheme: Scheme, targets: list[Target]) -> None:
-    """Inputs of stacked experts are born inside their module, where nothing of ours can round them."""
+    """What cannot be done to inputs; those of stacked experts are born inside their module, where nothing of ours can round them."""
+    if scheme.activation is not None:
+        FakeInputs(scheme.activation, scheme.static)  # refuses before anything is changed
     stacked = [t.name for t in targets if t.weight.ndim == 3]
     if scheme.activation is not None and stacked:
         raise InputError(

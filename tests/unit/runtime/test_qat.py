@@ -189,8 +189,10 @@ def test_bad_input_is_refused() -> None:
         with pytest.raises(InputError, match="FB-E0913"):
             case()
     for scheme in ("int8-channel+int8-token-static", "int8-channel+int8-tensor-asym-static", "nvfp4+nvfp4-static"):
+        model = make()
         with pytest.raises(InputError, match=r"FB-E09|FB-E06"):
-            prepare(make(), scheme)
+            prepare(model, scheme)
+        assert not list(fakes(model)) and all(p.requires_grad for p in model.parameters())  # left as it was
     with pytest.raises(InputError, match="FB-E0911"):
         prepare(make("mixtral"), "int8-channel+int8-token")
     with pytest.raises(InputError, match="FB-E0905"):
