@@ -170,11 +170,8 @@ class _Skipping(Observer):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if self._nothing and self.use_of(func, args)[1] is None and self._touched(args, kwargs):
-            try:  # only the shape and type of the result matter: they are found without data
-                like = func(*tree_map(_shell, args), **tree_map(_shell, kwargs))
-            except (RuntimeError, NotImplementedError):
-                like = None
-            if isinstance(like, torch.Tensor) and like.is_floating_point():
+            like = _like(func, args, kwargs)
+            if like is not None:
                 found = _nan(like, device=self._device)
                 self._nothing[found.untyped_storage().data_ptr()] = found
                 return found
@@ -187,6 +184,37 @@ class _Skipping(Observer):
                     self._device = part.device
                     return True
         return False
+
+
+_LIKE: dict[Any, torch.Tensor | None] = {}
+
+
+def _like(func: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """A tensor without data, of the shape and type that a function gives; None when it gives no floating tensor.
+
+    Finding that out takes a millisecond, so answers are kept: the next batch asks the same.
+    """
+    key = (func, _spelt(args), _spelt(kwargs))
+    if key not in _LIKE:
+        try:
+            found = func(*tree_map(_shell, args), **tree_map(_shell, kwargs))
+        except (RuntimeError, NotImplementedError):
+            found = None
+        if len(_LIKE) >= 4096:
+            _LIKE.clear()
+        _LIKE[key] = found if isinstance(found, torch.Tensor) and found.is_floating_point() else None
+    return _LIKE[key]
+
+
+def _spelt(item: Any) -> Any:
+    """Arguments as something hashable, tensors by shape, strides and type."""
+    if isinstance(item, torch.Tensor):
+        return (item.shape, item.stride(), item.dtype)
+    if isinstance(item, (list, tuple)):
+        return tuple(_spelt(part) for part in item)
+    if isinstance(item, dict):
+        return tuple((name, _spelt(part)) for name, part in item.items())
+    return repr(item)
 
 
 def _shell(item: Any) -> Any:
