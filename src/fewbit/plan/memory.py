@@ -16,6 +16,7 @@ from itertools import accumulate
 from typing import Any
 
 from fewbit.base.errors import FewbitError
+from fewbit.formats.table import format_named
 from fewbit.num.scheme import Scheme
 from fewbit.plan.devices import Device
 from fewbit.plan.jobs import Job, Parts
@@ -196,7 +197,7 @@ def quantize_cost(model: Model, storage: Storage, *, workers: int = 2, ram: int 
     """Peak memory, disk and time of a data-free run for one output."""
     pairs = list(zip(model.weights, held(model, storage), strict=True))
     alike = {(w.shape, w.dtype, w.kept, w.role, row.nbytes): (w, row.scheme, row.nbytes) for w, row in pairs}
-    jobs = [_job(*row) for row in alike.values() for _ in range(workers)]
+    jobs = [_job(storage, *row) for row in alike.values() for _ in range(workers)]
     peak = quantize_memory(jobs, ram, workers)
     disk = size_of(model, storage).total
     weights = sum(weight.numel for weight, row in pairs if row.scheme is not None)
@@ -212,13 +213,19 @@ def quantize_memory(jobs: list[Job], ram: int, workers: int) -> int:
         return budget(jobs, 1 << 60, 1).peak
 
 
-def _job(weight: Weight, scheme: Scheme | None, nbytes: int) -> Job:
+def _job(storage: Storage, weight: Weight, scheme: Scheme | None, nbytes: int) -> Job:
     """One of the engine's jobs, as far as its memory goes."""
     shape = weight.matrix if scheme is not None else weight.shape
     ops = ("transpose",) if shape != weight.shape else ()
+    gguf, form = storage.container == "gguf", storage.target.partition(":")[0]
     writes: Parts = {weight.name: ("U8", (nbytes // max(1, weight.count),))}
+    if scheme is not None and form and not gguf:
+        writes = format_named(form).parts(weight.name.replace("*", "0"), scheme, shape)
+    by_rows = gguf and scheme is not None and len(shape) == 2
     name = weight.name
-    return Job(name, name, (name,), ops, shape, weight.dtype, weight.role, weight.layer, scheme, "rtn", "", writes)
+    return Job(
+        name, name, (name,), ops, shape, weight.dtype, weight.role, weight.layer, scheme, "rtn", "", writes, by_rows
+    )
 
 
 def assumptions(model: Model, use: Use, device: Device | None) -> Mapping[str, Any]:

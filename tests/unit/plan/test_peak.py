@@ -1,0 +1,37 @@
+"""The peak memory that a plan foretells, against what the system counted of real runs."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    """bench/plan_peak.py, which does the same for more formats and larger matrices."""
+    spec = importlib.util.spec_from_file_location("plan_peak", ROOT / "bench" / "plan_peak.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model(bench: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Matrices of 11.5 million weights: their work outweighs the program's own memory."""
+    return bench.write_model(tmp_path_factory.mktemp("peak") / "model", 2048, 5632, 1)
+
+
+@pytest.mark.parametrize("target", ["compressed-tensors:int4-g128", "compressed-tensors:w8a8", "gguf:Q4_K_M"])
+def test_the_peak_is_foretold_within_fifteen_percent(
+    bench: ModuleType, model: Path, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    found = bench.measure(model, target, tmp_path / "out", "--workers", "2")
+    assert found["ratio"] == pytest.approx(1.0, abs=0.15), found
