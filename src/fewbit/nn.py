@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fewbit.runtime.linear import QuantLinear
 from fewbit.runtime.replace import Replaced, quantize_
+from fewbit.runtime.tables import QuantEmbedding, QuantStack
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from fewbit.runtime.hf import FewbitConfig, Stored
     from fewbit.runtime.kv import QuantCache
 
-__all__ = ["FewbitConfig", "QuantCache", "QuantLinear", "Replaced", "quantize_"]
+__all__ = ["FewbitConfig", "QuantCache", "QuantEmbedding", "QuantLinear", "QuantStack", "Replaced", "quantize_"]
 
 
 def __getattr__(name: str) -> Any:

@@ -208,8 +208,11 @@ class FewbitHfQuantizer(HfQuantizer):
 
 
 def _empty(layer: nn.Module) -> None:
-    """A layer that waits for its weight: nothing to load, nothing to initialise."""
+    """A layer that waits for its weight: nothing to initialise, and nothing that the weight's stored name could fill."""
+    hollow = nn.Parameter(torch.empty(0), requires_grad=False)
+    hollow._is_hf_initialized = True  # type: ignore[attr-defined]
     layer._parameters["weight"] = None
+    layer.__dict__["weight"] = hollow  # families that initialise weights by name find one
     layer._is_hf_initialized = True  # type: ignore[assignment]
 
 
@@ -258,7 +261,7 @@ def _prefer_ours() -> None:
 
     def merge(cls: type, stored: Any, passed: Any) -> Any:
         if isinstance(passed, FewbitConfig):
-            method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+            method = stored.get("quant_method", "no method named") if isinstance(stored, dict) else stored.quant_method
             if passed.scheme is not None and method != METHOD:
                 raise InputError("FB-E0909", f"the checkpoint is quantised already ({method}); pass FewbitConfig()")
             return passed if passed.scheme is not None or not isinstance(stored, dict) else _from_stored(stored, passed)
@@ -271,4 +274,16 @@ def _from_stored(stored: dict[str, Any], passed: FewbitConfig) -> FewbitConfig:
     return FewbitConfig.from_dict(stored) if stored.get("quant_method") == METHOD else passed
 
 
+def _accept_nameless() -> None:
+    """MLX writes a quantization_config without a method's name; transformers would stop before it asks us."""
+    before = AutoHfQuantizer.supports_quant_method
+
+    def supports(stored: dict[str, Any]) -> bool:
+        nameless = "quant_method" not in stored and {"bits", "group_size"} <= stored.keys()
+        return True if nameless else before(stored)
+
+    AutoHfQuantizer.supports_quant_method = staticmethod(supports)
+
+
 _prefer_ours()
+_accept_nameless()

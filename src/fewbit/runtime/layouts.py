@@ -44,9 +44,9 @@ class Layout:
 
 LAYOUTS: tuple[Layout, ...] = (
     Layout("w8a8", int8.accepts_dynamic, int8.to_layout, int8.from_layout, int8.matmul_dynamic, quantises_inputs=True),
-    Layout("int8", int8.accepts, int8.to_layout, int8.from_layout, int8.matmul, sixteen=True),
     Layout("int4", int4.accepts, int4.to_layout, int4.from_layout, int4.matmul, sixteen=True),
     Layout("direct", direct.accepts, direct.to_layout, direct.from_layout, direct.matmul),
+    Layout("int8", int8.accepts, int8.to_layout, int8.from_layout, int8.matmul, sixteen=True),
     Layout("packed", packed.accepts, packed.to_layout, packed.from_layout, packed.matmul),
 )
 

@@ -100,6 +100,7 @@ class QuantLinear(nn.Module):
             out = out + self.bias.to(out.dtype)
         return out.reshape(*x.shape[:-1], self.out_features)
 
+    @torch.compiler.disable  # kernels are not traced: a compiled model calls them as they are
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x [tokens, in_features] @ w.T, sides undone, without bias."""
         held = self._buffers

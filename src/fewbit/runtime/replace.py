@@ -21,6 +21,7 @@ from torch import nn
 from fewbit.base.errors import InputError
 from fewbit.num.scheme import Scheme, parse_scheme
 from fewbit.runtime.linear import QuantLinear
+from fewbit.runtime.tables import QuantEmbedding, QuantStack
 from fewbit.solve.table import Solver, solver_named
 
 
@@ -54,17 +55,20 @@ def quantize_(
     threshold: float = 0.0,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
+    also: Collection[str] = (),
 ) -> tuple[Replaced, ...]:
     """Replaces every `nn.Linear` (and transformers' Conv1D) inside a module by a `QuantLinear`, in place.
 
     Args:
-        module: any module; parameters of other kinds (embeddings, norms, fused experts) stay as they are.
+        module: any module; other parameters (norms, biases) stay as they are.
         scheme: spelling or preset, `num.scheme`.
         method: a solver that needs no calibration: rtn, hqq.
         skip: full names, last parts of names, or patterns of layers to leave alone.
         threshold: for int8 activations, see `QuantLinear`.
         options: of the solver.
         seed: for solvers that draw.
+        also: "embeddings" and "experts" (parameters [experts, rows, cols]), which stay in floating point else; an embedding that a head is tied to
+            takes the head along.
 
     Returns:
         What was replaced, in the module's order.
@@ -91,7 +95,53 @@ def quantize_(
             rows.append(row)
         setattr(parent, attribute, made[id(layer)])
         layer.weight = None  # free the float weight even where someone still holds the layer
+    words = {"threshold": 0.0, "method": method, "options": options, "seed": seed}
+    if unknown := set(also) - {"embeddings", "experts"}:
+        raise InputError("FB-E0905", f"`also` knows embeddings and experts, not {', '.join(sorted(unknown))}")
+    if "experts" in also:
+        rows += _stacks(module, wanted.weights_only, skip, words)
+    if "embeddings" in also:
+        rows += _embeddings(module, wanted.weights_only, skip, words)
     return tuple(rows)
+
+
+def _stacks(module: nn.Module, scheme: Scheme, skip: Collection[str], words: dict[str, Any]) -> list[Replaced]:
+    """Parameters [experts, rows, cols] become a QuantStack each."""
+    rows = []
+    for path, owner in list(module.named_modules()):
+        for attribute, param in list(owner._parameters.items()):
+            name = f"{path}.{attribute}".lstrip(".")
+            if param is None or param.dim() != 3 or not param.is_floating_point() or skipped(name, skip):
+                continue
+            found = [
+                quantised_layer(w, None, scheme, name=f"{name}.{i}", **words) for i, w in enumerate(param.detach())
+            ]
+            del owner._parameters[attribute]
+            setattr(owner, attribute, QuantStack([layer for layer, _ in found]))
+            rows += [row for _, row in found]
+            if hasattr(owner, "config"):
+                owner.config._experts_implementation = "eager"  # one product per expert, through the stack
+    return rows
+
+
+def _embeddings(module: nn.Module, scheme: Scheme, skip: Collection[str], words: dict[str, Any]) -> list[Replaced]:
+    """Embeddings become a QuantEmbedding each, and linear layers that share their weight its table."""
+    rows, tables = [], {}
+    for path, owner in list(module.named_modules()):
+        for attribute, child in list(owner._modules.items()):
+            name = f"{path}.{attribute}".lstrip(".")
+            if not isinstance(child, nn.Embedding) or skipped(name, skip):
+                continue
+            layer, row = quantised_layer(child.weight.detach(), None, scheme, name=name, **words)
+            factor = getattr(child, "embed_scale", None)
+            made = QuantEmbedding(layer.qtensor(), padding_idx=child.padding_idx, scale=factor, dtype=layer.dtype)
+            tables[id(child.weight)] = made.table
+            setattr(owner, attribute, made)
+            rows.append(row)
+    for owner, attribute, _, layer in list(linears(module)):
+        if id(layer.weight) in tables and layer.bias is None:
+            setattr(owner, attribute, tables[id(layer.weight)])
+    return rows
 
 
 def linears(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:

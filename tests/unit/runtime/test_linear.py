@@ -112,7 +112,7 @@ def test_a_code_that_is_no_number_is_refused() -> None:
 
 def test_dispatch() -> None:
     wanted = {
-        "int8": "int8",
+        "int8": "direct",
         "w8a8": "w8a8",
         "int4-g128": "int4",
         "q4_k": "int4",
