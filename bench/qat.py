@@ -32,7 +32,10 @@ from fewbit.runtime.qat import freeze, parameter_groups, prepare, qtensors, trai
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "samples" / "sample"
 TEXT = str(ROOT / "samples" / "text" / "wikitext2-test.txt")
-RATES = {"full": (5e-4, 3e-3), "scales": (0.0, 1e-2)}  # recipe -> learning rate of weights, of step sizes and norms
+RATES = {
+    "full": (3e-3, 3e-3),
+    "scales": (0.0, 1e-2),
+}  # recipe -> learning rate of weights in steps, of step sizes and norms
 
 
 def load(path: Path) -> torch.nn.Module:

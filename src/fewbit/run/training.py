@@ -42,9 +42,9 @@ from fewbit.runtime.qat import (
 )
 
 RATES = {
-    "full": (5e-4, 3e-3),
+    "full": (3e-3, 3e-3),
     "scales": (0.0, 1e-2),
-}  # recipe -> peak learning rate of weights; of step sizes and floats
+}  # recipe -> peak learning rate of weights, in steps; of step sizes and floats
 WATCHED = 8  # windows set aside to measure KL on
 
 

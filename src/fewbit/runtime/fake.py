@@ -33,6 +33,7 @@ from fewbit.num.qtensor import QTensor, decode_codes, expand, values_of
 from fewbit.num.scheme import Scheme
 
 PARTS = ("scale", "code_shift", "value_shift")
+MARGIN = 0.5  # how far from the border of its cell, as a share of the way, a weight starts that a solver rounded elsewhere than to nearest
 LEAST_SCALE = 2.0**-10  # a scale may shrink to this share of its start, never through zero
 
 
@@ -285,7 +286,8 @@ def _as_counts(values: torch.Tensor, scheme: Scheme, counts: tuple[int, ...]) ->
 def inside_cells(q: QTensor, w: torch.Tensor, steps: int = 12) -> torch.Tensor:
     """The tensor nearest to w, on the way to it from q's values, that still rounds to q's codes.
 
-    Training that starts here starts exactly at q (which a solver chose), with every weight as close to flipping as its float value wants it.
+    Training that starts here starts exactly at q, which a solver chose, with every weight leaning to its float value. Those that would round elsewhere stop half-way
+    to the border: at the border itself the first updates would flip them all at once (on the sample at 2 bits that took KL from .23 to 2).
 
     Args:
         q: quantised, [.., out, in]. w: floating, the same shape.
@@ -309,5 +311,6 @@ def inside_cells(q: QTensor, w: torch.Tensor, steps: int = 12) -> torch.Tensor:
         good = keeps(middle)
         near = torch.where(good, middle, near)
         far = torch.where(good | whole, far, middle)
+    near = torch.where(whole, near, near * (1 - MARGIN))
     share = near.repeat_interleave(dim, -1) if dim > 1 else near
     return torch.where(share == 1, w, centre + share * (w - centre))

@@ -375,11 +375,20 @@ def _plain(model: nn.Module) -> list[tuple[str, nn.Module, str, FakeQuantise]]:
 
 
 def parameter_groups(model: nn.Module, lr: float, scale_lr: float) -> list[dict[str, Any]]:
-    """Groups for an optimiser: weights at `lr`; step sizes, shifts and floats at `scale_lr`. No weight decay: it would pull at the rounding."""
-    weights, rest = [], []
-    behind = {id(original(module, attribute)) for _, module, attribute, fake in fakes(model) if not fake.scheme.is_leaf}
-    for param in model.parameters():
-        if param.requires_grad:
-            (weights if id(param) in behind else rest).append(param)
-    groups = [{"params": weights, "lr": lr, "weight_decay": 0.0}, {"params": rest, "lr": scale_lr, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    """Groups for an optimiser. No weight decay: it would pull at the rounding.
+
+    Args:
+        lr: of weights, as a share of their own mean step size: what one update of Adam moves a weight on the way to the next level.
+        scale_lr: of step sizes (a share of themselves), shifts and floats.
+    """
+    groups, behind = [], set()
+    for _, module, attribute, fake in fakes(model):
+        param = original(module, attribute)
+        if not fake.scheme.is_leaf and param.requires_grad:
+            step = float(fake.parts["scale"].start.abs().mean()) if "scale" in fake.parts else 1.0
+            groups.append({"params": [param], "lr": lr * step, "weight_decay": 0.0})
+            behind.add(id(param))
+    rest = [param for param in model.parameters() if param.requires_grad and id(param) not in behind]
+    if rest:
+        groups.append({"params": rest, "lr": scale_lr, "weight_decay": 0.0})
+    return groups

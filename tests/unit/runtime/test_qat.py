@@ -55,7 +55,7 @@ def ids(rows: int = 4, length: int = 16, seed: int = 0) -> torch.Tensor:
 
 
 def step(model: nn.Module, tokens: torch.Tensor, count: int = 2) -> None:
-    train(model, tokens, Schedule(steps=count, batch=2, every=10), groups=parameter_groups(model, 1e-3, 1e-2))
+    train(model, tokens, Schedule(steps=count, batch=2, every=10), groups=parameter_groups(model, 2e-2, 1e-2))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_training_follows_a_teacher() -> None:
         tokens,
         Schedule(steps=30, batch=4, every=15),
         teacher=teacher,
-        groups=parameter_groups(student, 2e-3, 1e-2),
+        groups=parameter_groups(student, 3e-2, 1e-2),
         evaluate=watch,
         on_point=seen.append,
     )
