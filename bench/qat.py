@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "samples" / "sample"
 TEXT = str(ROOT / "samples" / "text" / "wikitext2-test.txt")
 RATES = {
-    "full": (3e-3, 3e-3),
-    "scales": (0.0, 1e-2),
+    "full": (3e-3, 1e-3),
+    "scales": (0.0, 2e-3),
 }  # recipe -> learning rate of weights in steps, of step sizes and norms
 
 

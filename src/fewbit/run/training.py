@@ -42,8 +42,8 @@ from fewbit.runtime.qat import (
 )
 
 RATES = {
-    "full": (3e-3, 3e-3),
-    "scales": (0.0, 1e-2),
+    "full": (3e-3, 1e-3),
+    "scales": (0.0, 2e-3),
 }  # recipe -> peak learning rate of weights, in steps; of step sizes and floats
 WATCHED = 8  # windows set aside to measure KL on
 
