@@ -252,7 +252,16 @@ def _reordered(q: QTensor, read: Read, stored: Stored, name: str) -> QTensor:
 
 def config(source: dict[str, Any], assignment: Assignment) -> tuple[dict[str, Any], dict[str, Any]]:
     """The new config.json; nothing lies beside it."""
-    return {**source, "quantization_config": quantization_config(assignment.schemes, assignment.kept)}, {}
+    words = quantization_config(assignment.schemes, assignment.kept)
+    if assignment.kv:
+        words["kv_cache_scheme"] = {
+            "num_bits": 8,
+            "type": "float",
+            "strategy": "tensor",
+            "dynamic": False,
+            "symmetric": True,
+        }
+    return {**source, "quantization_config": words}, {}
 
 
 def detect(config: dict[str, Any], manifest: Manifest) -> dict[str, Stored] | None:
@@ -350,4 +359,5 @@ FORMAT = Format(
     config=config,
     detect=detect,
     conform=conform,
+    kv_scale=lambda attention, which: f"{attention}.{which}_scale",
 )

@@ -186,6 +186,7 @@ FORMAT = per_expert(
         config=config,
         detect=detect,
         conform=conform,
+        kv_scale=lambda attention, which: f"{attention}.{which}_scale",
         one_scheme=True,
     )
 )

@@ -6,6 +6,7 @@ None when the scheme is of another family. Torch-free: planning uses it from sha
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -122,6 +123,15 @@ def misfit(shape: tuple[int, ...], columns: int = 1, rows: int = 1) -> str | Non
     if shape[-2] % rows:
         return f"needs out_features % {rows} == 0, got {shape[-2]}"
     return None
+
+
+_KV_SCALE = re.compile(r"(?P<attention>.+?)\.(?:[kv]_proj\.|attn\.)?(?P<which>[kv])_scale")
+
+
+def kv_scale(name: str) -> tuple[str, str] | None:
+    """(attention module, "k" or "v") of a stored scale of cached keys or values, under whatever name a format has for it; else None."""
+    found = _KV_SCALE.fullmatch(name)
+    return (found["attention"], found["which"]) if found else None
 
 
 def single_scheme(assignment: Assignment, format_name: str) -> Scheme:

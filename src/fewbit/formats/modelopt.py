@@ -266,7 +266,7 @@ def config(source: dict[str, Any], assignment: Assignment) -> tuple[dict[str, An
         kept.append("lm_head")
     # loaders look for this producer's name before they read the rest
     producer = {"name": "modelopt", "version": "0.47.0", "written_by": "fewbit"}
-    own: dict[str, Any] = {"kv_cache_quant_algo": None, "exclude_modules": kept}
+    own: dict[str, Any] = {"kv_cache_quant_algo": "FP8" if assignment.kv else None, "exclude_modules": kept}
     if len(distinct) == 1:
         own = {**distinct[0], **own}
         groups = {"group_0": _group_words(distinct[0], ["Linear"])}
@@ -280,6 +280,7 @@ def config(source: dict[str, Any], assignment: Assignment) -> tuple[dict[str, An
         "config_groups": groups,
         "ignore": kept,
         **{key: value for key, value in own.items() if key not in ("kv_cache_quant_algo", "exclude_modules")},
+        **({"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}} if assignment.kv else {}),
         "producer": producer,
         "quant_method": "modelopt",
     }
@@ -373,5 +374,6 @@ FORMAT = per_expert(
         config=config,
         detect=detect,
         conform=conform,
+        kv_scale=lambda attention, which: f"{attention}.{which}_proj.{which}_scale",
     )
 )

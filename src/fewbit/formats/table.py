@@ -59,6 +59,7 @@ class Assignment:
         solver: name of the solver, for the record.
         options: format options the user gave, e.g. {"version": "v2"}.
         stacks: shapes of the quantised weights that are stacks of matrices [experts, rows, cols].
+        kv: whether FP8 scales of cached keys and values are stored, for formats that have a place for them.
     """
 
     schemes: Mapping[str, Scheme]
@@ -66,6 +67,7 @@ class Assignment:
     solver: str = "rtn"
     options: Mapping[str, Any] = field(default_factory=dict)
     stacks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    kv: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Format:
         config: (source config, Assignment) -> (new config.json, {file name: JSON data} written beside it).
         one_scheme: whether all quantised weights of a checkpoint must have the same scheme, as the config has room for one.
         ordered: whether columns may be stored in an order of their own (GPTQ's g_idx).
+        kv_scale: (attention module, "k" or "v") -> name of the stored scale of cached keys or values; None where the format has no place for one.
         conform: (scheme, model dtype) -> the scheme as this format stores it (e.g. scales in the model's dtype).
     """
 
@@ -98,6 +101,7 @@ class Format:
     conform: Callable[[Scheme, str], Scheme] = lambda scheme, dtype: scheme
     one_scheme: bool = False
     ordered: bool = False
+    kv_scale: Callable[[str, str], str] | None = None
 
 
 # name -> module that defines FORMAT (or module:NAME of the row); the order is the order of detection and of `fewbit formats`

@@ -133,6 +133,10 @@ def conversion_page(plan: Any, done: Any = None) -> str:
         table(columns, rows, title=f"{plan.source} -> {plan.target}"),
         f"{len(plan.kept)} other tensors are copied as they are",
     ]
+    if plan.dropped:
+        parts.append(
+            f"{len(plan.dropped)} scales of cached keys and values have no place in {plan.target} and are left out"
+        )
     if done is not None:
         moved = (
             "no value changed"

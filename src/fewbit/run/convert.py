@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from fewbit.base.errors import InputError, Refusals
 from fewbit.base.record import plain, readable_json
 from fewbit.formats.exchange import KINDS, Conversion, conversion, out_of_order
 from fewbit.formats.gguf.plan import GgufPlan
+from fewbit.formats.kinds import kv_scale
 from fewbit.formats.regrid import regrid
-from fewbit.formats.table import Assignment, format_named
+from fewbit.formats.table import Assignment, Format, format_named
 from fewbit.num.scheme import Scheme, parse_scheme
 from fewbit.run.source import DTYPE_NAMES, Source, open_source
 from fewbit.store.layout import lay_out
@@ -37,6 +38,7 @@ class ConversionPlan:
         source, target: format names; the source's is "dense" for plain weights.
         weights: weight name -> what becomes of it.
         kept: tensors that are copied as they are.
+        dropped: scales of cached keys and values that the target has no place for: caches of 16 bits need none.
         gguf: the file to write, where the target is one.
     """
 
@@ -44,6 +46,7 @@ class ConversionPlan:
     target: str
     weights: dict[str, Conversion]
     kept: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
     gguf: GgufPlan | None = None
 
     @property
@@ -68,6 +71,7 @@ class ConversionPlan:
             "counts": self.counts,
             "weights": weights,
             "kept": list(self.kept),
+            "dropped": list(self.dropped),
         }
 
 
@@ -122,7 +126,7 @@ def plan_conversion(source: Source, target: str) -> ConversionPlan:
         found, planned = plan_to_gguf(source, spelling, dtype)
         if _reordered(source):
             found = {weight: out_of_order(one, name) for weight, one in found.items()}
-        return ConversionPlan(held, name, found, tuple(n for n in source.manifest if n not in found), planned)
+        return ConversionPlan(held, name, found, *_others(source, form, found), gguf=planned)
     wanted = parse_scheme(spelling) if spelling else None
     weights = {
         weight: conversion(stored.scheme, tuple(stored.shape), name, dtype, wanted)
@@ -132,7 +136,20 @@ def plan_conversion(source: Source, target: str) -> ConversionPlan:
         weights = {weight: out_of_order(one, name) for weight, one in weights.items()}
     if form.one_scheme and len({one.scheme for one in weights.values()}) > 1:
         weights = _agreed(source, name, dtype, weights)
-    return ConversionPlan(held, name, weights, tuple(n for n in source.manifest if n not in weights))
+    return ConversionPlan(held, name, weights, *_others(source, form, weights))
+
+
+def _others(source: Source, form: Format, weights: Container[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(tensors to copy, scales of cached keys and values that have no place in a format)."""
+    rest = [name for name in source.manifest if name not in weights]
+    dropped = [name for name in rest if form.kv_scale is None and kv_scale(name) is not None]
+    return tuple(name for name in rest if name not in dropped), tuple(dropped)
+
+
+def _name_in(form: Format, name: str) -> str:
+    """Name of a copied tensor in a format: scales of cached keys and values have one in each."""
+    place = kv_scale(name)
+    return form.kv_scale(*place) if place is not None and form.kv_scale is not None else name
 
 
 def convertible(source: Source) -> Source:
@@ -229,8 +246,10 @@ def _write(
     entries: list[tuple[str, str, tuple[int, ...]]] = []
     for name, info in source.manifest.items():
         one = plan.weights.get(name)
+        if name in plan.dropped:
+            continue
         if one is None:
-            entries.append((name, info.dtype, info.shape))
+            entries.append((_name_in(form, name), info.dtype, info.shape))
         else:
             assert one.scheme is not None
             entries += [(part, *spec) for part, spec in form.parts(name, one.scheme, shapes[name]).items()]
@@ -238,7 +257,8 @@ def _write(
     matrices = tuple(name for name in plan.kept if len(source.manifest[name].shape) > 1)
     options = {"desc_act": _reordered(source) and form.ordered}
     stacks = {name: shape for name, shape in shapes.items() if len(shape) > 2}
-    assigned = Assignment(schemes, matrices, solver="convert", options=options, stacks=stacks)
+    kv = any(kv_scale(name) is not None for name in plan.kept)
+    assigned = Assignment(schemes, matrices, solver="convert", options=options, stacks=stacks, kv=kv)
     config, beside = form.config(source.config, assigned)
     errors: dict[str, float] = {}
     state = hashlib.sha256()
@@ -247,8 +267,10 @@ def _write(
     ) as writer:
         for name in source.manifest:
             one = plan.weights.get(name)
+            if name in plan.dropped:
+                continue
             if one is None:
-                writer.write(name, source.read(name))
+                writer.write(_name_in(form, name), source.read(name))
                 continue
             q = source.qtensor(name)
             assert q is not None and one.scheme is not None

@@ -91,3 +91,31 @@ def test_config_loses_its_old_words(tmp_path: Path) -> None:
         and "quantization_config" not in config
         and config["hidden_size"] == CONFIG["hidden_size"]
     )
+
+
+def test_scales_of_cached_keys_and_values_go_along(tmp_path: Path) -> None:
+    """Every format has its own name for them, and says in its config that they are there; GPTQ has no place, and the plan says so."""
+    tensors, config = quantised("compressed-tensors", "fp8-e4m3-tensor")
+    scales = {
+        f"model.layers.{layer}.self_attn.{which}_scale": torch.tensor([0.01 * layer + 0.02])
+        for layer in range(2)
+        for which in "kv"
+    }
+    place = write(tmp_path / "start", {**tensors, **scales}, config)
+    for target, name in (
+        ("modelopt", "self_attn.k_proj.k_scale"),
+        ("fp8:fp8-e4m3-tensor", "self_attn.k_scale"),
+        ("compressed-tensors", "self_attn.k_scale"),
+    ):
+        done = convert(place, target, tmp_path / target.replace(":", "-"), allow_lossy=True)
+        place = done.out
+        assert torch.equal(values(place)[f"model.layers.1.{name}"], torch.tensor([0.03])), target
+        words = json.loads((place / "config.json").read_text())["quantization_config"]
+        assert target.startswith("fp8") or words["kv_cache_scheme"]["num_bits"] == 8
+        if target == "modelopt":
+            assert (
+                json.loads((place / "hf_quant_config.json").read_text())["quantization"]["kv_cache_quant_algo"] == "FP8"
+            )
+        assert verify(place).ok, verify(place).summary
+    done = convert(place, "gptq", tmp_path / "gptq", allow_lossy=True)
+    assert len(done.plan.dropped) == 4 and not [name for name in values(done.out) if name.endswith("_scale")]
