@@ -59,6 +59,7 @@ def _load(source: Source, word: str) -> tuple[Any, dict[str, Any]]:
     import time
 
     from fewbit.base.errors import InputError
+    from fewbit.run.gguf_source import GgufAsCheckpoint
     from fewbit.run.hf import bind, build_model
     from fewbit.runtime.load import fill
 
@@ -68,9 +69,11 @@ def _load(source: Source, word: str) -> tuple[Any, dict[str, Any]]:
     if not hasattr(module, "generate") or not module.can_generate():
         raise InputError("FB-E0907", f"a {type(module).__name__} does not generate text")
 
+    kept = source.held if isinstance(source, GgufAsCheckpoint) else source.qtensor
+
     def get(name: str) -> Any:
-        q = source.qtensor(name)
-        return source.read(name) if q is None else q
+        q = kept(name)
+        return source.read(name) if q is None else q  # GGUF blocks stay as they are where a kernel reads them
 
     loaded = fill(module, bind(module, source.manifest).values(), get, chosen)
     facts = {

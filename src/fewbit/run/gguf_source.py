@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 
 from fewbit.base.errors import InputError
+from fewbit.formats.gguf.codecs import from_blocks
 from fewbit.formats.gguf.encode import checkpoint_tensor, decoded, users
 from fewbit.formats.gguf.inverse import ROPE_TENSORS, inverse
 from fewbit.formats.gguf.metadata import GgufManifest
+from fewbit.formats.gguf.ops import undo_quantised
 from fewbit.formats.gguf.tokenizer import tokenizer_files
 from fewbit.num.qtensor import QTensor
 from fewbit.run.source import Source
@@ -76,6 +78,18 @@ class GgufAsCheckpoint(Source):
 
     def qtensor(self, name: str) -> QTensor | None:
         return None
+
+    def held(self, name: str) -> QTensor | None:
+        """A weight still in its blocks' bits, under the checkpoint's order of rows; None where it is a float or more than rows were moved."""
+        readers = self._readers.get(name, ())
+        if len(readers) != 1 or len(readers[0][0].reads) != 1:
+            return None
+        made = readers[0][0]
+        info = self.checkpoint.manifest[made.name]
+        if not info.dtype.startswith("GGML:"):
+            return None
+        kind = info.dtype.removeprefix("GGML:")
+        return undo_quantised(made.ops, from_blocks(kind, self.checkpoint.read(made.name), info.shape))
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in the dtype of the manifest, every op undone."""

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from fewbit.cli.app import run
+from fewbit.run.gguf_source import GgufAsCheckpoint, open_gguf_as_checkpoint
 
 SAMPLE = str(Path(__file__).parents[3] / "samples" / "sample")
 
@@ -34,3 +36,23 @@ def test_refusals(options: list[str], capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_no_model(tmp_path: Path) -> None:
     assert run(["run", str(tmp_path / "none"), "-p", "x"]) == 2
+
+
+@pytest.mark.parametrize("kind", ("Q4_0", "Q4_K_M"))
+def test_gguf_stays_in_its_blocks(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["quantize", SAMPLE, "--to", f"gguf:{kind}", "-o", str(tmp_path)]) == 0
+    file = next(tmp_path.rglob("*.gguf"))
+    capsys.readouterr()
+    with open_gguf_as_checkpoint(file) as source:
+        assert isinstance(source, GgufAsCheckpoint)
+        for name in ("model.layers.3.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"):
+            held = source.held(name)
+            assert held is not None and torch.allclose(
+                held.dequantize(), source.read(name).float(), rtol=2**-8, atol=1e-6
+            )
+        assert source.held("model.norm.weight") is None
+    words = ["run", str(file), "-p", "The history of", "-n", "4", "--tokenizer", SAMPLE, "--json", "--dtype", "float32"]
+    assert run(words) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["quantised_layers"] == 56 and record["tokens"] == 4
+    assert record["weight_bytes"] < 16_000_000

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -104,17 +104,27 @@ def test_also_knows_its_words() -> None:
         quantize_(torch.nn.Sequential(torch.nn.Linear(32, 32)), "int8", also=("norms",))
 
 
-def test_nf4_with_double_quantisation_is_bitsandbytes_bit_for_bit() -> None:
-    weights = torch.tensor(GOLDEN["weights"])
-    w = weights.reshape(-1, 64)
-    layer = QuantLinear(quantize(parse_scheme("nf4-g64-dq"), w, search=Search("absmax")), dtype=torch.float32)
-    theirs = torch.tensor(GOLDEN["nf4_nested_blocks"]["packed"], dtype=torch.uint8).reshape(-1)
-    swapped = (theirs >> 4) | (theirs << 4)  # they put the first code into the high half
-    assert torch.equal(layer._buffers["codes"].reshape(-1), swapped)
-    ours = layer.weight.reshape(-1)
-    assert np.allclose(
-        ours.numpy(), np.array(GOLDEN["nf4_nested_blocks"]["dequantized"], np.float32).reshape(-1), rtol=1e-6, atol=1e-9
-    )
+def test_nf4_is_bitsandbytes_bit_for_bit() -> None:
+    w = torch.tensor(GOLDEN["weights"]).view(8, 64)
+    layer = QuantLinear(quantize(parse_scheme("nf4-flat64"), w, search=Search("absmax")), dtype=torch.float32)
+    theirs = torch.tensor(GOLDEN["nf4_blocks"]["packed"], dtype=torch.uint8)
+    assert torch.equal(
+        layer._buffers["codes"].reshape(-1), (theirs >> 4) | (theirs << 4)
+    )  # their first code is the high half
+    assert layer.weight.flatten().tolist() == GOLDEN["nf4_blocks"]["dequantized"]
+
+
+def test_their_double_quantised_codes_multiply_as_they_decode_them() -> None:
+    golden = GOLDEN["nf4_nested_blocks"]
+    scheme = parse_scheme("nf4-flat64-dq")
+    ours = quantize(scheme, torch.tensor(GOLDEN["weights"]).view(8, 64), search=Search("absmax"))
+    theirs = torch.tensor(golden["packed"])
+    codes = torch.stack([theirs >> 4, theirs & 15], -1).to(torch.uint8).view(8, 64)
+    layer = QuantLinear(replace(ours, codes=codes), dtype=torch.float32)
+    assert layer.layout.name == "direct" and layer._buffers["scale_codes"].flatten().tolist() == golden["absmax_codes"]
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    wanted = x @ torch.tensor(golden["dequantized"]).view(8, 64).T
+    assert torch.allclose(layer(x), wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max()))
 
 
 def test_bytes_of_nf4() -> None:

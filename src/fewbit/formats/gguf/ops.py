@@ -141,6 +141,16 @@ def stack_quantised(parts: list[S]) -> S:
     return _each_part(first, codes, shape, lambda name, _: stack_quantised([getattr(part, name) for part in parts]))
 
 
+def undo_quantised(ops: Sequence[str], q: QTensor) -> QTensor | None:
+    """The source matrix of a target that was made of it alone, still quantised; None where an op does more than move whole rows."""
+    for op in reversed(ops):
+        word, numbers = parse(op)
+        if word != "permute_rope":
+            return None
+        q = _rows(q, torch.argsort(_rope_order(q.shape[-2], int(numbers[0]), q.device)))
+    return q
+
+
 def restore(pieces: Sequence[tuple[Sequence[str], torch.Tensor, int]]) -> torch.Tensor:
     """The source tensor that GGUF tensors were made of.
 
