@@ -179,10 +179,10 @@ class Cost:
 
 
 # Rough times of one core for one weight in nanoseconds: rounding to nearest with the default search, measured on two cores with AVX-512
-# (2048 x 4096 normal weights, 21 November 2026). Copying is bound by the disk.
+# (bench/plan_peak.py, 243 million weights, 21 November 2026; Q4_K_M from 8 billion). Copying is bound by the disk.
 NANOSECONDS = {
-    "FP8": 58, "INT8 W8A8": 55, "Q8_0": 52, "Q6_K": 60, "Q5_K_M": 60, "Q4_K_M": 70, "Q3_K_M": 60, "Q2_K": 75, "IQ4_XS": 180, "INT4 g128": 85,
-    "NF4": 1300, "NVFP4": 860, "MXFP4": 1400,
+    "FP8": 28, "INT8 W8A8": 24, "Q8_0": 32, "Q6_K": 35, "Q5_K_M": 35, "Q4_K_M": 36, "Q3_K_M": 35, "Q2_K": 40, "IQ4_XS": 180, "INT4 g128": 27,
+    "NF4": 48, "NVFP4": 860, "MXFP4": 1400,
 }  # fmt: skip
 COPY_NANOSECONDS = 1.0
 OTHER_NANOSECONDS = 150

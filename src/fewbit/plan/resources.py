@@ -21,10 +21,7 @@ from fewbit.plan.jobs import Job
 TILE_WEIGHTS = 1 << 23
 COPY_BUFFER = 1 << 25
 TILE_BYTES = 3.7  # of one weight of a tile while it is solved, beside what is joined later: float32 and the allocator's leftovers
-ROW_BYTES, NESTED_ROW_BYTES = (
-    11.0,
-    19.0,
-)  # the same where tiles are written as they are solved, codes and encoding included; with scales of scales
+ROW_BYTES = 14.0  # the same where tiles are written as they are solved, codes and encoding included
 # bytes of one weight that encoding takes beside the codes, by the dtype of what is stored; U8 (blocks of GGUF and others): the output and .7 more
 ENCODE_BYTES = {"I32": 2.5, "U32": 1.5, "I8": 2.0, "F8_E4M3": 0.0, "F8_E5M2": 0.0, "BF16": 6.0, "F16": 6.0, "F32": 8.0}
 TURNED_BYTES = 4.0  # where packed words run down the columns (GPTQ): they are packed in a copy that is turned round
@@ -80,9 +77,8 @@ def job_bytes(job: Job) -> int:
     rows = job.shape[-2] if len(job.shape) > 1 else 1
     step = tile_rows(job.scheme, job.shape, job.ops)
     codes = job.numel * code_bytes(job.scheme) + metadata_bytes(job)
-    if job.by_rows:
-        nested = any(not part.is_leaf for _, part in job.scheme.parts())
-        return int(min(step, rows) * job.shape[-1] * (source + (NESTED_ROW_BYTES if nested else ROW_BYTES)))
+    if job.by_rows and step < rows:
+        return int(step * job.shape[-1] * (source + ROW_BYTES))
     if step >= rows:
         return int(codes + max(job.numel * (source + TILE_BYTES), encode_bytes(job)))
     return int(step * job.shape[-1] * (source + TILE_BYTES) + max(2 * codes, codes + encode_bytes(job)))
