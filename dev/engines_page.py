@@ -56,18 +56,24 @@ def loads() -> str:
         for engine in ENGINES:
             reason = engine_accepts(name, conformed(name, spelling), SHAPE, engine)
             absent = reason is not None and reason.endswith(f"does not read {name}")
-            cells.append("yes" if reason is None else "-" if absent else str(reasons.setdefault(reason, len(reasons) + 1)))
+            cells.append(
+                "yes" if reason is None else "-" if absent else str(reasons.setdefault(reason, len(reasons) + 1))
+            )
         lines.append(f"| {name} | `{spelling}` | " + " | ".join(cells) + " |")
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
     return "\n".join([*lines, "", "`-`: the engine does not read the format.", "", *notes]) + "\n"
 
 
 def seen() -> str:
-    rows = [json.loads(line) for line in MEASURED.read_text(encoding="utf-8").splitlines()] if MEASURED.is_file() else []
+    rows = (
+        [json.loads(line) for line in MEASURED.read_text(encoding="utf-8").splitlines()] if MEASURED.is_file() else []
+    )
     latest = {(row["engine"], row["format"], row["scheme"]): row for row in rows}
     lines = ["| engine | format | scheme | difference | allowed |", "|---|---|---|---|---|"]
     for row in latest.values():
-        lines.append(f"| {row['engine']} | {row['format']} | `{row['scheme']}` | {row['measured']:.2g} {row['unit']} | {row['bound']:g} |")
+        lines.append(
+            f"| {row['engine']} | {row['format']} | `{row['scheme']}` | {row['measured']:.2g} {row['unit']} | {row['bound']:g} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -283,6 +283,7 @@ def _write(
             if on_weight is not None:
                 on_weight(name, one, error)
         small = {"config.json": readable_json(config).encode()}
+        beside = {**source.small_files, **beside}  # the tokenizer that a GGUF carries
         small |= {name: readable_json(data).encode() for name, data in beside.items()}
         copies = [file for file in source.checkpoint.aux_files if file.name not in small]
         stored_as = {

@@ -20,7 +20,7 @@ from fewbit.base.errors import InputError
 from fewbit.formats.exchange import KINDS, Conversion, predicted_error, to_scheme
 from fewbit.formats.gguf import ops
 from fewbit.formats.gguf.codecs import from_blocks
-from fewbit.formats.gguf.encode import source_values, tensor_bytes
+from fewbit.formats.gguf.encode import checkpoint_tensor, source_values, tensor_bytes
 from fewbit.formats.gguf.plan import GgufPlan, PlannedTensor, gguf_plan
 from fewbit.formats.gguf.recipes import FALLBACKS, quantisable, recipe_names
 from fewbit.formats.gguf.shapes import parse
@@ -268,7 +268,7 @@ class GgufQuantised(GgufAsCheckpoint):
         if stored is None:
             return None
         if stored.scheme.is_leaf:
-            values = super().read(name).float()
+            values = checkpoint_tensor(name, self._readers, self._values).float().contiguous()
             return QTensor(stored.scheme, stored.shape, values.view(code_dtype(F32)))
         kind, held = stored.facts["type"], self.checkpoint.manifest
         start, pieces, tables = 0, [], []

@@ -53,6 +53,7 @@ def test_there_and_back_without_a_change(form: str, spelling: str, held: str, tm
         assert found_by_verify.ok, found_by_verify.summary
     back = convert(tmp_path / "gguf", "dense-f32", tmp_path / "floats")
     assert back.exact and back.plan.source == "gguf"
+    assert (back.out / "tokenizer.json").is_file() and (back.out / "config.json").is_file()
     again = values(tmp_path / "floats")
     assert all(torch.equal(wanted[name], again[name]) for name in wanted)
     if form == "mlx" or "fp4" in spelling:  # (a GGUF keeps no sign of zero, so bytes may differ and values not)
