@@ -116,7 +116,7 @@ def test_offsets_become_zero_points_again(spelling: str) -> None:
     assert torch.equal(back.codes, q.codes) and torch.equal(back.code_shift, q.code_shift)
 
 
-@pytest.mark.parametrize("script", ["conversion_matrix"])
+@pytest.mark.parametrize("script", ["conversion_matrix", "engines_page"])
 def test_the_page_says_what_the_code_does(script: str) -> None:
     root = Path(__file__).parents[3]
     spec = importlib.util.spec_from_file_location(script, root / "dev" / f"{script}.py")
