@@ -44,7 +44,21 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_train_lowers_kl_and_writes_codes(base: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    words = ["--samples", "24", "--length", "16", "--steps", "8", "--text", text, "--json"]
+    words = [
+        "--samples",
+        "24",
+        "--length",
+        "16",
+        "--steps",
+        "8",
+        "--text",
+        text,
+        "--lr",
+        "2e-2",
+        "--scale-lr",
+        "1e-2",
+        "--json",
+    ]
     first = ["train", str(base), "--to", "compressed-tensors:int2-g32", "-o", str(tmp_path / "a"), *words]
     assert cli(first) == 0
     said = json.loads(capsys.readouterr().out)
