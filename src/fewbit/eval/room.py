@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 4096
 GRADIENT_TOKENS = 1024  # tokens whose gradients are taken at once
 ROW_BYTES = 192 << 20  # of logits in hand, where no limit asks for fewer
-LOGIT_COPIES = 72  # bytes per logit while two models are compared, or one is packed: float32 and float64 copies, measured
+LOGIT_COPIES = 72  # bytes per logit while two models are compared, or one is packed: float32 and float64, measured
 BATCH_COPIES = 96  # bytes per value of the residual stream while a block runs: inner widths, attention, their temporaries; measured
 OVERHEAD = 160 << 20  # what libraries and the allocator keep, measured over a dozen candidates
 MEASURE_BYTES = 15 * 8  # of one position of one candidate
