@@ -126,7 +126,9 @@ def _stacks(module: nn.Module, scheme: Scheme, skip: Collection[str], words: dic
 
 def _embeddings(module: nn.Module, scheme: Scheme, skip: Collection[str], words: dict[str, Any]) -> list[Replaced]:
     """Embeddings become a QuantEmbedding each, and linear layers that share their weight its table."""
-    rows, tables = [], {}
+    rows: list[Replaced] = []
+    tables: dict[int, QuantLinear] = {}
+    weights = []  # kept, so that their ids stay their own
     for path, owner in list(module.named_modules()):
         for attribute, child in list(owner._modules.items()):
             name = f"{path}.{attribute}".lstrip(".")
@@ -136,6 +138,7 @@ def _embeddings(module: nn.Module, scheme: Scheme, skip: Collection[str], words:
             factor = getattr(child, "embed_scale", None)
             made = QuantEmbedding(layer.qtensor(), padding_idx=child.padding_idx, scale=factor, dtype=layer.dtype)
             tables[id(child.weight)] = made.table
+            weights.append(child.weight)
             setattr(owner, attribute, made)
             rows.append(row)
     for owner, attribute, _, layer in list(linears(module)):
