@@ -26,7 +26,11 @@ TARGETS = (
     "bitsandbytes:nf4-flat64-dq", "compressed-tensors:nvfp4+nvfp4-static", "compressed-tensors:mxfp4", "mlx:uint4-g64-min",
     "gguf:Q8_0", "gguf:Q4_K_M", "gguf:Q2_K", "gguf:IQ4_XS",
 )  # fmt: skip
-SHAPES = {"small": (512, 1408, 2), "wide": (4096, 14336, 1)}  # hidden width, inner width, layers
+SHAPES = {
+    "small": (512, 1408, 2),
+    "middle": (2048, 5632, 2),
+    "wide": (4096, 14336, 1),
+}  # hidden width, inner width, layers
 
 
 def write_model(folder: Path, hidden: int, inner: int, layers: int) -> Path:
@@ -74,6 +78,8 @@ def measure(model: Path, target: str, out: Path, *more: str) -> dict[str, Any]:
         "--json",
         *more,
     ]
+    for folder in (out, out.with_name(out.name + ".partial")):
+        shutil.rmtree(folder, ignore_errors=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
     found = json.loads(done.stdout)
     if "error" in found:
@@ -103,7 +109,11 @@ def main() -> None:
             write_model(model, *SHAPES[name])
         for target in given.targets:
             rows.append({"model": name, **measure(model, target, given.folder / "out", *given.more)})
-            print(f"{name:8}{target:40}{rows[-1]['ratio']:.3f}", file=sys.stderr, flush=True)
+            print(
+                f"{name:8}{target:40}{rows[-1]['measured'] / 1e6:8.0f} MB {rows[-1]['ratio']:.3f} {rows[-1]['seconds']} s",
+                file=sys.stderr,
+                flush=True,
+            )
     print(json.dumps(rows, indent=2))
 
 
