@@ -30,14 +30,13 @@ import fewbit
 from fewbit.base.errors import FewbitError, InputError, Interrupted
 from fewbit.base.record import digest
 from fewbit.base.resident import peak_resident
-from fewbit.formats.gguf import ops
 from fewbit.math.stats import Stats
-from fewbit.num.qtensor import QTensor
-from fewbit.num.scheme import Scheme
 from fewbit.plan.jobs import Job, Plan
 from fewbit.plan.recipe import parse_size
 from fewbit.plan.resources import Budget, budget, job_bytes, tile_rows
 from fewbit.run.imatrix import read_imatrix, weighted
+from fewbit.run.limits import ByteGate, torch_threads
+from fewbit.run.pieces import join_rows, read_weight
 from fewbit.run.rewrites import RewrittenSource
 from fewbit.run.settings import Settings
 from fewbit.run.sinks import Sink, open_sink
@@ -81,28 +80,6 @@ class Outcome:
     seconds: float
     resumed: int
     peak_bytes: int
-
-
-class ByteGate:
-    """Lets work through as long as the bytes in flight stay within a limit; one job may always run."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._held, self._running = limit, 0, 0
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def hold(self, nbytes: int) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._running == 0 or self._held + nbytes <= self._limit)
-            self._held += nbytes
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._held -= nbytes
-                self._running -= 1
-                self._changed.notify_all()
 
 
 def groups_of(plan: Plan) -> list[Group]:
@@ -235,7 +212,7 @@ class _Run:
         """Runs data-free groups on worker threads; the first failure stops the rest."""
         pending: set[Future[None]] = set()
         queue = iter(todo)
-        with _torch_threads(self.room.workers), ThreadPoolExecutor(max_workers=self.room.workers) as pool:
+        with torch_threads(self.room.workers), ThreadPoolExecutor(max_workers=self.room.workers) as pool:
             try:
                 while True:
                     while len(pending) < 2 * self.room.workers and (group := next(queue, None)) is not None:
@@ -346,51 +323,6 @@ class _Run:
                 self.losses[self.plan.outputs[index].target][job.target] = entry["loss"]
             if entry.get("notes"):
                 self.notes[job.target] = tuple(entry["notes"])
-
-
-@contextmanager
-def _torch_threads(workers: int) -> Iterator[None]:
-    """Shares torch's threads among workers that are started in here, so that they do not crowd the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // max(1, workers)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def read_weight(source: Source, job: Job) -> torch.Tensor:
-    """The float tensor of a job, its transforms applied: [..., out, in]."""
-    return ops.apply(job.ops, [source.read(name) for name in job.reads])
-
-
-def join_rows(scheme: Scheme, shape: tuple[int, ...], tiles: list[Solved]) -> Solved:
-    """One answer from the answers for tiles of rows."""
-    q = cat_rows(scheme, shape, [tile.q for tile in tiles])
-    loss = sum(tile.loss for tile in tiles)
-    notes = tuple(dict.fromkeys(note for tile in tiles for note in tile.notes))
-    return replace(tiles[0], q=q, loss=loss, notes=notes)
-
-
-def cat_rows(scheme: Scheme, shape: tuple[int, ...], parts: list[QTensor]) -> QTensor:
-    """Stacks quantised row tiles: codes, scales and shifts along the row dimension."""
-
-    def joined(name: str, inner: Scheme | None) -> torch.Tensor | QTensor | None:
-        stored = [getattr(part, name) for part in parts]
-        if stored[0] is None or inner is None:
-            return None
-        if isinstance(stored[0], QTensor):
-            return cat_rows(inner, scheme.block_counts(shape), stored)
-        return torch.cat(stored, dim=-2)
-
-    return QTensor(
-        scheme,
-        tuple(shape),
-        torch.cat([part.codes for part in parts], dim=-2),
-        joined("scale", scheme.scale),
-        joined("code_shift", scheme.code_shift),
-        joined("value_shift", scheme.value_shift),
-    )
 
 
 def _record(plan: Plan, source: Source, run: _Run) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from fewbit.num.scheme import Scheme
 from fewbit.plan.jobs import Job, Output, Plan
 from fewbit.plan.recipe import Recipe, Rule, parse_size
 from fewbit.plan.resolve import resolve
-from fewbit.run.engine import cat_rows
 from fewbit.run.hf import Slot, bind, build_model
+from fewbit.run.pieces import cat_rows
 from fewbit.run.sinks import open_sink
 from fewbit.run.source import Source
 from fewbit.solve.table import Solved

@@ -13,9 +13,10 @@ from fewbit.base.errors import InputError
 from fewbit.math.scales import quantize
 from fewbit.num.scheme import parse_scheme
 from fewbit.run.acts import ActStore
-from fewbit.run.engine import ByteGate, cat_rows
 from fewbit.run.journal import Journal
+from fewbit.run.limits import ByteGate
 from fewbit.run.observe import Observer, StopForward, Use
+from fewbit.run.pieces import cat_rows
 
 
 def test_a_journal_remembers_and_ignores_a_torn_last_line(tmp_path: Path) -> None:
