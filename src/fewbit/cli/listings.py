@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 import typer
 
@@ -42,7 +43,8 @@ def formats(json: Annotated[bool, typer.Option("--json", help="one JSON document
 
 
 def methods(json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False) -> None:
-    """Solvers, what statistics they need, and their options."""
+    """Solvers and rewrites, what statistics they need, and their options."""
+    from fewbit.arch.rewrite_table import REWRITES
     from fewbit.report.text import render, table
     from fewbit.solve.table import SOLVERS
 
@@ -51,10 +53,24 @@ def methods(json: Annotated[bool, typer.Option("--json", help="one JSON document
         listed = [
             {"name": r.name, "summary": r.summary, "needs": sorted(r.needs), "options": dict(r.options)} for r in rows
         ]
-        print_json("fewbit.methods/1", {"methods": listed})
+        folded = [
+            {"name": r.name, "summary": r.summary, "needs": sorted(r.needs), "options": dict(r.options)}
+            for r in REWRITES.values()
+        ]
+        print_json("fewbit.methods/1", {"methods": listed, "rewrites": folded})
         return
-    cells = [
-        (r.name, r.summary, ", ".join(sorted(r.needs)) or "nothing", " ".join(f"{k}={v}" for k, v in r.options.items()))
-        for r in rows
-    ]
-    print(render(table([("method", "left"), ("what", "left"), ("needs", "left"), ("--set", "left")], cells)))
+
+    def cells(of: Iterable[Any], prefix: bool) -> list[tuple[str, ...]]:
+        return [
+            (
+                r.name,
+                r.summary,
+                ", ".join(sorted(r.needs)) or "nothing",
+                " ".join(f"{f'{r.name}.' if prefix else ''}{k}={v}" for k, v in r.options.items()),
+            )
+            for r in of
+        ]
+
+    columns = [("what", "left"), ("needs", "left"), ("--set", "left")]
+    solvers = table([("--method", "left"), *columns], cells(rows, False))
+    print(render(solvers, "", table([("--rewrites", "left"), *columns], cells(REWRITES.values(), True))))
