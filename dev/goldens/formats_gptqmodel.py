@@ -45,7 +45,11 @@ def linear_of(values: torch.Tensor) -> torch.nn.Linear:
 
 def keep(name: str, module: torch.nn.Module, names: tuple[str, ...], reference: torch.Tensor, config: dict) -> None:
     tensors = {f"{MODULE}.{key}": getattr(module, key).detach().cpu().contiguous().clone() for key in names}
-    save_file({**tensors, "reference": reference.contiguous()}, OUT / f"{name}.safetensors", {"config": json.dumps({"quantization_config": config})})
+    save_file(
+        {**tensors, "reference": reference.contiguous()},
+        OUT / f"{name}.safetensors",
+        {"config": json.dumps({"quantization_config": config})},
+    )
 
 
 def gptq(bits: int, sym: bool, version: int, ordered: bool) -> None:
@@ -54,13 +58,28 @@ def gptq(bits: int, sym: bool, version: int, ordered: bool) -> None:
     if ordered:
         group = group[torch.randperm(COLS, generator=torch.Generator().manual_seed(0))]
     reference = (codes - zeros[:, group]).float() * scales.float()[:, group]
-    module = TorchLinear(bits=bits, group_size=GROUP, sym=sym, desc_act=ordered, in_features=COLS, out_features=ROWS, register_buffers=True)
+    module = TorchLinear(
+        bits=bits,
+        group_size=GROUP,
+        sym=sym,
+        desc_act=ordered,
+        in_features=COLS,
+        out_features=ROWS,
+        register_buffers=True,
+    )
     module.pack_original(linear_of(reference), scales.float(), zeros.float(), group.to(torch.int32))
     module.post_init()
     assert (module.dequantize_weight().T.float() - reference).abs().max() < 1e-3
     if version == 1:
         convert_gptq_v2_to_v1_format_module(module, QuantizeConfig(bits=bits, group_size=GROUP, sym=sym))
-    words = {"quant_method": "gptq", "bits": bits, "group_size": GROUP, "desc_act": ordered, "sym": sym, "checkpoint_format": "gptq" if version == 1 else "gptq_v2"}
+    words = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": GROUP,
+        "desc_act": ordered,
+        "sym": sym,
+        "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
+    }
     name = f"gptq-{bits}bit-{'sym' if sym else 'asym'}-v{version}{'-order' if ordered else ''}"
     keep(name, module, ("qweight", "qzeros", "scales", "g_idx"), reference, words)
 

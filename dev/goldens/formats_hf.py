@@ -30,7 +30,11 @@ def weight(rows: int = 32, cols: int = 128) -> torch.Tensor:
 def keep(name: str, tensors: dict[str, torch.Tensor], reference: torch.Tensor, config: dict) -> None:
     config = {"hidden_size": 128, "intermediate_size": 32, "torch_dtype": "bfloat16", **config}
     stored = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    save_file({**stored, "reference": reference.detach().float().contiguous()}, OUT / f"{name}.safetensors", {"config": json.dumps(config)})
+    save_file(
+        {**stored, "reference": reference.detach().float().contiguous()},
+        OUT / f"{name}.safetensors",
+        {"config": json.dumps(config)},
+    )
 
 
 def bitsandbytes_files() -> None:
@@ -40,14 +44,36 @@ def bitsandbytes_files() -> None:
     for kind in ("nf4", "fp4"):
         for nested in (False, True):
             packed, state = F.quantize_4bit(weight(), blocksize=64, quant_type=kind, compress_statistics=nested)
-            tensors = {f"{MODULE}.weight": packed} | {f"{MODULE}.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+            tensors = {f"{MODULE}.weight": packed} | {
+                f"{MODULE}.weight.{key}": value for key, value in state.as_dict(packed=True).items()
+            }
             state.dtype = torch.float32
-            words = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested}
-            keep(f"bnb-{kind}{'-dq' if nested else ''}", tensors, F.dequantize_4bit(packed, state), {"quantization_config": words})
+            words = {
+                "quant_method": "bitsandbytes",
+                "load_in_4bit": True,
+                "load_in_8bit": False,
+                "bnb_4bit_quant_type": kind,
+                "bnb_4bit_use_double_quant": nested,
+            }
+            keep(
+                f"bnb-{kind}{'-dq' if nested else ''}",
+                tensors,
+                F.dequantize_4bit(packed, state),
+                {"quantization_config": words},
+            )
     codes, scb, _ = F.int8_vectorwise_quant(weight().half())
-    tensors = {f"{MODULE}.weight": codes, f"{MODULE}.SCB": scb, f"{MODULE}.weight_format": torch.tensor(0, dtype=torch.uint8)}
+    tensors = {
+        f"{MODULE}.weight": codes,
+        f"{MODULE}.SCB": scb,
+        f"{MODULE}.weight_format": torch.tensor(0, dtype=torch.uint8),
+    }
     reference = codes.float() * (scb.float() / 127.0)[:, None]
-    keep("bnb-int8", tensors, reference, {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}})
+    keep(
+        "bnb-int8",
+        tensors,
+        reference,
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}},
+    )
     print("bitsandbytes", bnb.__version__)
 
 
@@ -66,10 +92,18 @@ def compressed_files() -> None:
     }  # fmt: skip
     for name, words in args.items():
         word = "naive-quantized" if "fp8" in name else "pack-quantized"
-        config = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": words, "format": word}}, "format": word, "quant_method": "compressed-tensors"}
+        config = {
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": words, "format": word}},
+            "format": word,
+            "quant_method": "compressed-tensors",
+        }
         scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
         size = words.get("group_size", 128)
-        blocks = weight().float().reshape(1, -1) if words["strategy"] == "tensor" else weight().float().unflatten(-1, (-1, size))
+        blocks = (
+            weight().float().reshape(1, -1)
+            if words["strategy"] == "tensor"
+            else weight().float().unflatten(-1, (-1, size))
+        )
         low, high = (blocks.amin(-1), blocks.amax(-1))
         scale, zero = calculate_qparams(low.to(torch.bfloat16), high.to(torch.bfloat16), scheme.weights)
         state = {"weight": weight(), "weight_scale": scale.reshape(-1) if words["strategy"] == "tensor" else scale}
@@ -79,7 +113,12 @@ def compressed_files() -> None:
         stored = compressor.compress(state, scheme)
         exact = {key: value.float() if key == "weight_scale" else value for key, value in stored.items()}
         reference = compressor.decompress(exact, scheme)["weight"]
-        keep(f"ct-{name}", {f"{MODULE}.{key}": value for key, value in stored.items()}, reference, {"quantization_config": config})
+        keep(
+            f"ct-{name}",
+            {f"{MODULE}.{key}": value for key, value in stored.items()},
+            reference,
+            {"quantization_config": config},
+        )
     for preset in ("NVFP4A16", "MXFP4A16"):
         scheme = preset_name_to_scheme(preset, ["Linear"])
         word = "nvfp4-pack-quantized" if "NV" in preset else "mxfp4-pack-quantized"
@@ -88,15 +127,26 @@ def compressed_files() -> None:
         state = {"weight": weight()}
         if "NV" in preset:
             state["weight_global_scale"] = (448.0 * 6.0 / weight().float().abs().max()).reshape(1)
-            state["weight_scale"], _ = calculate_qparams(-top, top, scheme.weights, global_scale=state["weight_global_scale"])
+            state["weight_scale"], _ = calculate_qparams(
+                -top, top, scheme.weights, global_scale=state["weight_global_scale"]
+            )
         else:
             state["weight_scale"], _ = calculate_qparams(-top, top, scheme.weights)
         compressor = BaseCompressor.get_value_from_registry(word)
         stored = compressor.compress(state, scheme)
         reference = compressor.decompress(dict(stored), scheme)["weight"]
         scheme.format = word
-        config = {"config_groups": {"group_0": json.loads(scheme.model_dump_json())}, "format": word, "quant_method": "compressed-tensors"}
-        keep(f"ct-{preset.lower()}", {f"{MODULE}.{key}": value for key, value in stored.items()}, reference, {"quantization_config": config})
+        config = {
+            "config_groups": {"group_0": json.loads(scheme.model_dump_json())},
+            "format": word,
+            "quant_method": "compressed-tensors",
+        }
+        keep(
+            f"ct-{preset.lower()}",
+            {f"{MODULE}.{key}": value for key, value in stored.items()},
+            reference,
+            {"quantization_config": config},
+        )
     print("compressed-tensors", compressed_tensors.__version__)
 
 
@@ -110,14 +160,24 @@ def mlx_files() -> None:
         return torch.from_numpy(np.array(array))
 
     w = mx.array(weight().float().numpy()).astype(mx.bfloat16)
-    cases = [("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (64,)] + [("affine", 4, 32), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
+    cases = [("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (64,)] + [
+        ("affine", 4, 32),
+        ("mxfp4", 4, 32),
+        ("mxfp8", 8, 32),
+        ("nvfp4", 4, 16),
+    ]
     for mode, bits, group in cases:
         parts = mx.quantize(w, group_size=group, bits=bits, mode=mode)
         exact = [parts[0], *(part.astype(mx.float32) if mode == "affine" else part for part in parts[1:])]
         reference = mx.dequantize(*exact, group_size=group, bits=bits, mode=mode)
         tensors = {f"{MODULE}.{key}": torch_of(part) for key, part in zip(("weight", "scales", "biases"), parts)}
         words = {"group_size": group, "bits": bits, "mode": mode}
-        keep(f"mlx-{mode}{bits}-g{group}", tensors, torch_of(reference), {"quantization": words, "quantization_config": words})
+        keep(
+            f"mlx-{mode}{bits}-g{group}",
+            tensors,
+            torch_of(reference),
+            {"quantization": words, "quantization_config": words},
+        )
     print("mlx", mx.__version__)
 
 

@@ -30,7 +30,11 @@ def weight(rows: int = 32, cols: int = 128) -> torch.Tensor:
 def keep(name: str, tensors: dict[str, torch.Tensor], reference: torch.Tensor, config: dict) -> None:
     config = {"hidden_size": 128, "intermediate_size": 32, "torch_dtype": "float16", **config}
     stored = {f"{MODULE}.{key}": tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    save_file({**stored, "reference": reference.detach().float().contiguous()}, OUT / f"{name}.safetensors", {"config": json.dumps(config)})
+    save_file(
+        {**stored, "reference": reference.detach().float().contiguous()},
+        OUT / f"{name}.safetensors",
+        {"config": json.dumps(config)},
+    )
 
 
 def hqq_files() -> None:
@@ -42,9 +46,18 @@ def hqq_files() -> None:
         config = BaseQuantizeConfig(nbits=bits, group_size=64, axis=1)
         made = HQQLinear(layer, config, compute_dtype=torch.float16, device="cpu", del_orig=False)
         state = {key: value for key, value in made.state_dict().items() if value is not None}
-        meta = {**made.meta, "compute_dtype": torch.float32, "scale": made.meta["scale"].float(), "zero": made.meta["zero"].float()}
+        meta = {
+            **made.meta,
+            "compute_dtype": torch.float32,
+            "scale": made.meta["scale"].float(),
+            "zero": made.meta["zero"].float(),
+        }
         reference = Quantizer.dequantize(made.W_q, meta)
-        words = {"quant_method": "hqq", "quant_config": {"weight_quant_params": config["weight_quant_params"]}, "skip_modules": ["lm_head"]}
+        words = {
+            "quant_method": "hqq",
+            "quant_config": {"weight_quant_params": config["weight_quant_params"]},
+            "skip_modules": ["lm_head"],
+        }
         keep(f"hqq-{bits}bit", state, reference, {"quantization_config": words})
 
 
@@ -57,12 +70,26 @@ def modelopt_files() -> None:
     packed = pack_int4_in_uint8(w, scale, 64)
     codes = (w / scale.repeat_interleave(64, -1)).round().clamp(-8, 7)
     words = {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ", "group_size": 64}
-    keep("modelopt-w4a16-awq", {"weight": packed, "weight_scale": scale}, codes * scale.repeat_interleave(64, -1), {"quantization_config": words})
+    keep(
+        "modelopt-w4a16-awq",
+        {"weight": packed, "weight_scale": scale},
+        codes * scale.repeat_interleave(64, -1),
+        {"quantization_config": words},
+    )
     over = w.abs().max() / (6.0 * 448.0)
     made, block_scale, over = NVFP4QTensor.quantize(w, 16, None, over)
-    stored = {"weight": made._quantized_data, "weight_scale": block_scale.to(torch.float8_e4m3fn), "weight_scale_2": over.float().reshape(())}
+    stored = {
+        "weight": made._quantized_data,
+        "weight_scale": block_scale.to(torch.float8_e4m3fn),
+        "weight_scale_2": over.float().reshape(()),
+    }
     reference = made.dequantize(dtype=torch.float32, scale=block_scale, double_scale=over, block_sizes={-1: 16})
-    keep("modelopt-w4a16-nvfp4", stored, reference, {"quantization_config": {"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "group_size": 16}})
+    keep(
+        "modelopt-w4a16-nvfp4",
+        stored,
+        reference,
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "group_size": 16}},
+    )
 
 
 def autoround_files() -> None:
@@ -81,7 +108,14 @@ def autoround_files() -> None:
         layer.weight.data = reference.clone()
         module = WithZero(bits, 32, 128, 64, False)
         module.pack(layer, scale.float(), torch.full(scale.shape, float(zero)), None, device="cpu")
-        words = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": bits, "group_size": 32, "sym": True, "data_type": "int"}
+        words = {
+            "quant_method": "auto-round",
+            "packing_format": "auto_round:auto_gptq",
+            "bits": bits,
+            "group_size": 32,
+            "sym": True,
+            "data_type": "int",
+        }
         stored = {key: getattr(module, key) for key in ("qweight", "qzeros", "scales")}
         keep(f"autoround-{bits}bit", stored, reference, {"quantization_config": words})
     assert QuantLinear is not None

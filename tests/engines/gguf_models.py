@@ -208,7 +208,7 @@ def spm_tokenizer(folder: Path) -> Callable[[str], list[int]]:
 
 def _merges_of(pieces: list[str], scores: list[float]) -> list[tuple[str, str]]:
     """Merges of a SentencePiece BPE model in the order of its scores, as transformers converts them."""
-    known = {piece: score for piece, score in zip(pieces, scores, strict=True)}
+    known = dict(zip(pieces, scores, strict=True))
     found = []
     for piece in sorted(known, key=lambda p: -known[p]):
         cuts = [(piece[:at], piece[at:]) for at in range(1, len(piece)) if piece[:at] in known and piece[at:] in known]

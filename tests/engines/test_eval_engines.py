@@ -34,11 +34,15 @@ def q4_k_m(sample_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_kl_and_perplexity_are_llama_perplexitys(engine: Engine, sample: Path, sample_gguf: Path, q4_k_m: Path, tmp_path: Path) -> None:
+def test_kl_and_perplexity_are_llama_perplexitys(
+    engine: Engine, sample: Path, sample_gguf: Path, q4_k_m: Path, tmp_path: Path
+) -> None:
     chosen = study([sample], sample, Options(text=TEXT, tokens=1024, length=512, skip=256)).windows
     arrays = []
     for model in (sample_gguf, q4_k_m):
-        engine("llamacpp", "llamacpp", {"model": model, "prompts": chosen.tokens.tolist(), "logits": tmp_path / "l.npz"})
+        engine(
+            "llamacpp", "llamacpp", {"model": model, "prompts": chosen.tokens.tolist(), "logits": tmp_path / "l.npz"}
+        )
         found = load_arrays(tmp_path / "l.npz")
         arrays.append(np.stack([found[str(i)] for i in range(len(found))]))
     theirs = kl_divergence(arrays[0], arrays[1], chosen.tokens.numpy(), 256)
@@ -52,7 +56,9 @@ def test_kl_and_perplexity_are_llama_perplexitys(engine: Engine, sample: Path, s
 
     through_us = study([q4_k_m], sample, Options(text=TEXT, tokens=1024, length=512, skip=256)).scores[0]
     assert through_us.tokens == 510
-    assert through_us.measures["perplexity"][0] == pytest.approx(np.exp(theirs["nll"]), rel=0.01)  # llama.cpp rounds activations to 8 bits
+    assert through_us.measures["perplexity"][0] == pytest.approx(
+        np.exp(theirs["nll"]), rel=0.01
+    )  # llama.cpp rounds activations to 8 bits
     assert through_us.measures["kl"][0] == pytest.approx(theirs["kl"], rel=0.12)
 
 
@@ -62,7 +68,9 @@ def test_llama_cpp_runs_a_candidate_beside_the_reference_path(sample: Path, samp
     found = study([sample_gguf], sample, Options(text=TEXT, tokens=256, length=128), engine=engine)
     reference, real = found.scores
     assert (reference.path, real.path) == ("reference", "llama.cpp")
-    assert reference.measures["kl"][0] < 1e-9 and real.measures["kl"][0] < 1e-5  # an F32 file; the engine's cache is in 16 bits
+    assert (
+        reference.measures["kl"][0] < 1e-9 and real.measures["kl"][0] < 1e-5
+    )  # an F32 file; the engine's cache is in 16 bits
     assert found.extras["engines"]["rows"][0][1] == "llama.cpp"
 
 
@@ -70,8 +78,15 @@ def test_transformers_runs_a_candidate(sample: Path, tmp_path: Path) -> None:
     require_env("hf")
     from fewbit import api
 
-    out = api.quantize(sample, to="compressed-tensors:int4-g128", out=tmp_path / "x", verify=False, options={"search": "absmax"}).outputs[0]
-    found = study([out], sample, Options(text=TEXT, tokens=256, length=128), engine=find_engine("transformers", str(interpreter("hf"))))
+    out = api.quantize(
+        sample, to="compressed-tensors:int4-g128", out=tmp_path / "x", verify=False, options={"search": "absmax"}
+    ).outputs[0]
+    found = study(
+        [out],
+        sample,
+        Options(text=TEXT, tokens=256, length=128),
+        engine=find_engine("transformers", str(interpreter("hf"))),
+    )
     reference, real = found.scores
     assert real.measures["kl"][0] == pytest.approx(reference.measures["kl"][0], rel=0.02)
     assert found.extras["engines"]["rows"][0][2]["value"] < 0.02 * reference.measures["kl"][0]
@@ -79,7 +94,9 @@ def test_transformers_runs_a_candidate(sample: Path, tmp_path: Path) -> None:
 
 def test_vllm_runs_a_candidate(sample: Path) -> None:
     require_env("vllm")
-    found = study([sample], sample, Options(text=TEXT, tokens=64, length=32), engine=find_engine("vllm", str(interpreter("vllm"))))
+    found = study(
+        [sample], sample, Options(text=TEXT, tokens=64, length=32), engine=find_engine("vllm", str(interpreter("vllm")))
+    )
     assert found.scores[1].measures["kl"][0] < 1e-5 and found.scores[1].measures["top1"][0] > 0.98
 
 

@@ -66,11 +66,18 @@ def test_files_are_those_of_the_converter(name: str, tmp_path: Path) -> None:
     job = {"model": folder, "out": tmp_path / "theirs.gguf", "outtype": "f32", "pre": "gpt-2"}
     run_driver("hf", "convert", job)
     ours, theirs = open_gguf(file), open_gguf(tmp_path / "theirs.gguf")
-    more = {"general.quantized_by", "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "tokenizer.ggml.unknown_token_id"}
+    more = {
+        "general.quantized_by",
+        "tokenizer.ggml.add_bos_token",
+        "tokenizer.ggml.add_eos_token",
+        "tokenizer.ggml.unknown_token_id",
+    }
     assert set(ours.metadata) - set(theirs.metadata) <= more
     free = {"general.name", "general.size_label", "general.basename", "general.finetune"}
     if name == "gemma2":
-        free.add("tokenizer.ggml.add_space_prefix")  # fixed to false there; we read it from the model, and Gemma's own says false too
+        free.add(
+            "tokenizer.ggml.add_space_prefix"
+        )  # fixed to false there; we read it from the model, and Gemma's own says false too
     assert set(theirs.metadata) - set(ours.metadata) <= free
     for key in set(ours.metadata) & set(theirs.metadata) - free:
         assert ours.metadata[key] == theirs.metadata[key], key
@@ -171,9 +178,20 @@ def test_bert_loads_and_its_wordpieces_are_identical(tmp_path: Path) -> None:
     )  # fmt: skip
     transformers.BertModel(config).save_pretrained(folder)
     tokenizer = BertWordPieceTokenizer(lowercase=True)
-    tokenizer.train([str(path) for path in sorted(Path(__file__).parent.glob("*.py"))], vocab_size=900, min_frequency=1, show_progress=False)
+    tokenizer.train(
+        [str(path) for path in sorted(Path(__file__).parent.glob("*.py"))],
+        vocab_size=900,
+        min_frequency=1,
+        show_progress=False,
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
-    words = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
+    words = {
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "mask_token": "[MASK]",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", **words}))
     plan, file = write_gguf(folder, tmp_path / "out", "F16")
     assert plan.architecture == "bert" and plan.metadata["bert.attention.causal"].data is False

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "contract")]
-import ggml
-from gguf_cases import CASES, File
+import ggml  # noqa: E402
+from gguf_cases import CASES, File  # noqa: E402
 
-from fewbit.base.errors import InputError
-from fewbit.store.gguf import open_gguf
+from fewbit.base.errors import InputError  # noqa: E402
+from fewbit.store.gguf import open_gguf  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not ggml.available(), reason=f"needs llama.cpp: {ggml.ENV_COMMAND}")
 

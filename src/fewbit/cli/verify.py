@@ -12,7 +12,9 @@ from fewbit.cli.output import print_json
 def command(
     path: Annotated[str, typer.Argument(help="checkpoint of any format")],
     base: Annotated[str | None, typer.Option(help="the float checkpoint that it was made from")] = None,
-    engine: Annotated[str | None, typer.Option(help="also open it with a real loader: transformers, vllm, llama.cpp, gptqmodel, mlx")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="also open it with a real loader: transformers, vllm, llama.cpp, gptqmodel, mlx")
+    ] = None,
     python: Annotated[str | None, typer.Option(help="interpreter of the environment that has the engine")] = None,
     json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ) -> None:

@@ -42,7 +42,9 @@ def pack(
     if bits == size:
         same = codes.element_size() == 1 == word.itemsize
         words_of = codes.view(word) if same else codes.to(torch.int64).to(word)
-        return words_of.clone(memory_format=torch.contiguous_format)  # whole rows of words, whatever the strides of the codes
+        return words_of.clone(
+            memory_format=torch.contiguous_format
+        )  # whole rows of words, whatever the strides of the codes
     if _by_bytes(bits, size, order):
         whole = torch.nn.functional.pad(codes, (0, words * (size // bits) - count))
         return pack(whole, bits).view(word)

@@ -15,7 +15,14 @@ from fewbit.formats.words import SAFETENSORS_DTYPE
 
 FILES = sorted(Path(__file__).parent.glob("*.safetensors"))
 # relative tolerance of the values: tools that decode in 16 bits themselves
-COARSE = {"ct-nvfp4a16": 2**-7, "ct-mxfp4a16": 2**-7, "mlx-mxfp4": 2**-7, "mlx-mxfp8": 2**-7, "mlx-nvfp4": 2**-7, "bnb-int8": 1e-6}
+COARSE = {
+    "ct-nvfp4a16": 2**-7,
+    "ct-mxfp4a16": 2**-7,
+    "mlx-mxfp4": 2**-7,
+    "mlx-mxfp8": 2**-7,
+    "mlx-nvfp4": 2**-7,
+    "bnb-int8": 1e-6,
+}
 # parts that differ, with the reason
 OTHERWISE = {
     "quant_state.bitsandbytes": "JSON padded with spaces to a length that shapes alone determine",
@@ -30,7 +37,14 @@ def load(file: Path) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict]:
 
 
 def manifest(tensors: dict[str, torch.Tensor]) -> Manifest:
-    return Manifest({n: TensorInfo(n, SAFETENSORS_DTYPE[t.dtype], tuple(t.shape), data_bytes(SAFETENSORS_DTYPE[t.dtype], tuple(t.shape))) for n, t in tensors.items()})
+    return Manifest(
+        {
+            n: TensorInfo(
+                n, SAFETENSORS_DTYPE[t.dtype], tuple(t.shape), data_bytes(SAFETENSORS_DTYPE[t.dtype], tuple(t.shape))
+            )
+            for n, t in tensors.items()
+        }
+    )
 
 
 def test_there_are_goldens() -> None:
