@@ -30,7 +30,11 @@ check: $(VENV)/.stamp
 	$(VENV)/bin/mypy
 
 bench: $(VENV)/.stamp
-	$(PY) bench/all.py
+	mkdir -p out/scale
+	$(PY) bench/scale.py --sizes 1 --folder out/scale --set search=absmax > bench/results/scale.json
+	$(PY) bench/rewrites.py > bench/results/rewrites.json
+	$(PY) bench/torch_kernels.py
+	$(PY) bench/kv_cache.py
 
 clean:
 	rm -rf $(VENV) out build dist

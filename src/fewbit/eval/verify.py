@@ -16,18 +16,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fewbit.base.errors import FewbitError, QualityError
-from fewbit.base.record import plain
+from fewbit.base.errors import FewbitError
 from fewbit.eval.completeness import skipped
+from fewbit.eval.findings import Compared, Finding, Findings, Verified
 from fewbit.math.metrics import sqnr_db
 from fewbit.math.scales import Search, quantize
 from fewbit.num.qtensor import QTensor, values_of
@@ -39,84 +38,6 @@ KEPT_DB = 40.0  # a tensor that was kept is at most cast to a 16-bit dtype
 TILE = 1 << 24  # weights of a matrix that are compared at once
 SAMPLE_ROWS = 64
 MANIFEST_NAME = "fewbit-manifest.json"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong.
-
-    Attributes:
-        kind: opens, config, skipped, manifest, finite, codes, source or engine.
-        tensor: name of the tensor concerned, "" for the checkpoint as a whole.
-        message: what was found and what was expected.
-    """
-
-    kind: str
-    tensor: str
-    message: str
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One weight held against its source: signal to quantisation noise in dB, and what plain rounding gives."""
-
-    tensor: str
-    scheme: str
-    sqnr_db: float
-    expected_db: float
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What `verify` found.
-
-    Attributes:
-        path: the checkpoint.
-        format: name of the recognised format, "" for plain weights.
-        tensors, weights: stored tensors looked at; quantised weights decoded.
-        findings: everything that is wrong; empty when all is well.
-        compared: every weight held against its source, worst first; empty without a base.
-        notes: what could not be checked and why.
-    """
-
-    path: Path
-    format: str = ""
-    tensors: int = 0
-    weights: int = 0
-    findings: tuple[Finding, ...] = ()
-    compared: tuple[Compared, ...] = ()
-    notes: tuple[str, ...] = field(default_factory=tuple)
-
-    @property
-    def ok(self) -> bool:
-        return not self.findings
-
-    def record(self) -> dict[str, Any]:
-        """Plain data for `--json`."""
-        return {**plain(self), "ok": self.ok}
-
-    @property
-    def summary(self) -> str:
-        """One line when all is well, one line per finding when not."""
-        if self.findings:
-            return "\n".join(f"{finding.kind}: {finding.tensor} {finding.message}" for finding in self.findings)
-        against = f", {len(self.compared)} held against their source" if self.compared else ""
-        return f"{self.tensors} tensors finite, {self.weights} weights decoded{against}"
-
-    def require(self) -> None:
-        """Raise unless all is well.
-
-        Raises:
-            QualityError: FB-E0820 with the first findings.
-        """
-        if self.findings:
-            listed = "; ".join(f"{finding.tensor or finding.kind}: {finding.message}" for finding in self.findings[:3])
-            raise QualityError(
-                "FB-E0820",
-                f"{len(self.findings)} finding(s): {listed}",
-                tensor=self.findings[0].tensor or None,
-                file=self.path,
-            )
 
 
 def verify(
@@ -169,7 +90,7 @@ def _with_engine(found: Verified, source: Source, engine: str, python: str | Non
 
 
 def _verify(place: Path, source: Source, base: Source | None, limit: int) -> Verified:
-    found = _Findings(limit)
+    found = Findings(limit)
     notes: list[str] = []
     written = _own_manifest(place)
     _check_skipped(source, found)
@@ -211,20 +132,6 @@ def _verify(place: Path, source: Source, base: Source | None, limit: int) -> Ver
     )
 
 
-class _Findings:
-    """Collects findings, at most `limit` of a kind."""
-
-    def __init__(self, limit: int) -> None:
-        self.items: list[Finding] = []
-        self.limit = limit
-        self.counts: dict[str, int] = defaultdict(int)
-
-    def add(self, kind: str, tensor: str, message: str) -> None:
-        self.counts[kind] += 1
-        if self.counts[kind] <= self.limit:
-            self.items.append(Finding(kind, tensor, message))
-
-
 def _plain_names(source: Source) -> Iterator[str]:
     """Stored tensors that are no part of a quantised weight."""
     parts = {part for stored in source.stored.values() for part in stored.parts}
@@ -240,7 +147,7 @@ def _own_manifest(place: Path) -> dict[str, Any]:
         return {}
 
 
-def _check_manifest(source: Source, written: dict[str, Any], found: _Findings) -> None:
+def _check_manifest(source: Source, written: dict[str, Any], found: Findings) -> None:
     schemes = written.get("schemes") or {}
     dense = str(written.get("format", "")).startswith("dense")
     comparable = not dense and (source.format is None or source.format.container == "safetensors")
@@ -256,7 +163,7 @@ def _check_manifest(source: Source, written: dict[str, Any], found: _Findings) -
             found.add("manifest", "", f"{name} is not the {facts.get('bytes')} bytes that were written")
 
 
-def _check_finite(name: str, tensor: torch.Tensor, found: _Findings) -> bool:
+def _check_finite(name: str, tensor: torch.Tensor, found: Findings) -> bool:
     if not tensor.dtype.is_floating_point or tensor.numel() == 0:
         return True
     bad = ~torch.isfinite(tensor.float())
@@ -267,7 +174,7 @@ def _check_finite(name: str, tensor: torch.Tensor, found: _Findings) -> bool:
     return not count
 
 
-def _decoded(name: str, read: Callable[[], QTensor | None], found: _Findings) -> QTensor | None:
+def _decoded(name: str, read: Callable[[], QTensor | None], found: Findings) -> QTensor | None:
     try:
         q = read()
         if q is not None:
@@ -279,7 +186,7 @@ def _decoded(name: str, read: Callable[[], QTensor | None], found: _Findings) ->
         return None
 
 
-def _pieces(source: Source, name: str, found: _Findings) -> Iterator[QTensor]:
+def _pieces(source: Source, name: str, found: Findings) -> Iterator[QTensor]:
     """A stored weight decoded; a large matrix of a GGUF in tiles of rows; nothing, and a finding, where it cannot be."""
     stored, form = source.stored[name], source.format
     rows, step = stored.shape[0], max(1, TILE // max(1, stored.shape[-1]))
@@ -299,7 +206,7 @@ def _rows(source: Source, name: str, start: int, stop: int) -> QTensor:
     return source.format.decode(name, lambda one: source.checkpoint.read_rows(one, start, stop), part)
 
 
-def _check_codes(name: str, q: QTensor, values: torch.Tensor, found: _Findings) -> bool:
+def _check_codes(name: str, q: QTensor, values: torch.Tensor, found: Findings) -> bool:
     if not _check_finite(name, values, found):
         return False
     if q.scale is not None and q.scheme.value_shift is None:
@@ -309,7 +216,7 @@ def _check_codes(name: str, q: QTensor, values: torch.Tensor, found: _Findings) 
     return True
 
 
-def _check_skipped(source: Source, found: _Findings) -> None:
+def _check_skipped(source: Source, found: Findings) -> None:
     for name, message in skipped(source.manifest, source.stored, source.checkpoint.config):
         found.add("skipped", name, message)
 
@@ -332,7 +239,7 @@ def _comparable(source: Source, base: Source | None, written: dict[str, Any], no
     return base
 
 
-def _compare_gguf(source: Source, base: Source, notes: list[str], found: _Findings) -> list[Compared]:
+def _compare_gguf(source: Source, base: Source, notes: list[str], found: Findings) -> list[Compared]:
     """The weights of a GGUF file, brought back under their checkpoint's names and layouts, against the base."""
     from fewbit.run.gguf_source import GgufAsCheckpoint
 
@@ -355,7 +262,7 @@ def _compare_gguf(source: Source, base: Source, notes: list[str], found: _Findin
     return compared
 
 
-def _compare_tiles(name: str, scheme: Scheme, logical: Source, base: Source, found: _Findings) -> Compared:
+def _compare_tiles(name: str, scheme: Scheme, logical: Source, base: Source, found: Findings) -> Compared:
     """`_compare`, a large matrix in tiles of rows; signal and noise add up over them."""
     shape = base.manifest[name].shape
     step = shape[0] if len(shape) != 2 or base.manifest[name].numel <= TILE else max(1, TILE // shape[1])
@@ -374,7 +281,7 @@ def _compare_tiles(name: str, scheme: Scheme, logical: Source, base: Source, fou
     return Compared(name, str(scheme), ratio, sum(expected) / len(expected))
 
 
-def _check_names(source: Source, base: Source, found: _Findings) -> None:
+def _check_names(source: Source, base: Source, found: Findings) -> None:
     tied = bool(source.config.get("tie_word_embeddings"))
     for name, info in base.manifest.items():
         if name not in source.manifest:
@@ -386,7 +293,7 @@ def _check_names(source: Source, base: Source, found: _Findings) -> None:
             found.add("source", name, f"has shape {list(source.manifest[name].shape)}, the base {list(info.shape)}")
 
 
-def _compare_kept(name: str, tensor: torch.Tensor, original: torch.Tensor, found: _Findings) -> None:
+def _compare_kept(name: str, tensor: torch.Tensor, original: torch.Tensor, found: Findings) -> None:
     if tensor.shape != original.shape or not tensor.dtype.is_floating_point:
         return
     ratio = sqnr_db(original.float(), tensor.float())
@@ -394,7 +301,7 @@ def _compare_kept(name: str, tensor: torch.Tensor, original: torch.Tensor, found
         found.add("source", name, f"was kept and differs from the base by {ratio:.1f} dB (a cast leaves {KEPT_DB:.0f})")
 
 
-def _compare(name: str, scheme: Scheme, values: torch.Tensor, original: torch.Tensor, found: _Findings) -> Compared:
+def _compare(name: str, scheme: Scheme, values: torch.Tensor, original: torch.Tensor, found: Findings) -> Compared:
     """Signal to noise of one weight, over the whole and block by block, against what plain rounding gives."""
     original = original.float()
     if values.shape != original.shape:

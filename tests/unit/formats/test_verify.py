@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewbit.base.errors import QualityError
-from fewbit.eval.verify import Verified, verify
+from fewbit.eval.findings import Verified
+from fewbit.eval.verify import verify
 from fewbit.formats.table import Assignment, format_named
 from fewbit.math.scales import Search, quantize
 from fewbit.num.scheme import parse_scheme
