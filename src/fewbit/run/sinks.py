@@ -33,7 +33,7 @@ from fewbit.store.layout import lay_out
 from fewbit.store.tensors import as_bytes
 from fewbit.store.writer import ShardWriter
 
-SYNC_EVERY = 2.0  # seconds between journal entries reaching the disk; a crash loses at most this much work
+SYNC_EVERY = 5.0  # seconds between journal entries reaching the disk; a crash loses at most this much work
 
 
 class Sink(Protocol):

@@ -26,6 +26,7 @@ from fewbit.base.record import readable_json
 from fewbit.store import strictjson
 from fewbit.store.fileio import OpenFile, free_bytes, hash_file, pread_into, pwrite_all
 from fewbit.store.layout import INDEX_NAME, Layout
+from fewbit.store.running_hash import RunningHash
 
 MANIFEST_NAME = "fewbit-manifest.json"
 SCRATCH = ".fewbit"
@@ -86,6 +87,7 @@ class ShardWriter:
         check_output(self.out, sources, overwrite)
         self.partial, self.scratch = partial_path(self.out), scratch_path(self.out)
         self._fds: dict[str, int] = {}
+        self._hashes: dict[str, RunningHash] = {}
         self._lock_fd = -1
         self._mutex = threading.Lock()
         self.resumed = self._claim()
@@ -93,6 +95,7 @@ class ShardWriter:
             self._require_room()
             for shard in layout.shards:
                 self._create(shard.name, shard.head, shard.size)
+                self._hashes[shard.name].wrote(0, memoryview(shard.head))
         except BaseException:
             self.close()
             if not self.resumed:  # nothing is lost: no tensor was written yet
@@ -129,7 +132,7 @@ class ShardWriter:
 
     def _create(self, name: str, head: bytes, size: int) -> None:
         fd = os.open(self.partial / name, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
-        self._fds[name] = fd
+        self._fds[name], self._hashes[name] = fd, RunningHash(fd)
         if os.fstat(fd).st_size == size and _reads(fd, head):
             return
         try:
@@ -159,6 +162,7 @@ class ShardWriter:
             pwrite_all(self._fds[info.file], view, info.offset)
         except OSError as error:
             raise self._failed(error, info.file, info.nbytes) from None
+        self._hashes[info.file].wrote(info.offset, view)
 
     def write_at(self, name: str, start: int, data: Any) -> None:
         """Writes bytes (any buffer) from byte `start` of a tensor on: for tensors that pass through in pieces.
@@ -175,6 +179,7 @@ class ShardWriter:
             pwrite_all(self._fds[info.file], view, info.offset + start)
         except OSError as error:
             raise self._failed(error, info.file, len(view)) from None
+        self._hashes[info.file].wrote(info.offset + start, view)
 
     def read_back(self, name: str) -> memoryview:
         """The bytes now at a tensor's place, for hashing what an earlier run wrote."""
@@ -240,6 +245,9 @@ class ShardWriter:
 
     def _listing(self, names: list[str]) -> dict[str, dict[str, Any]]:
         def facts(name: str) -> dict[str, Any]:
+            if name in self._hashes:
+                size = os.fstat(self._fds[name]).st_size
+                return {"bytes": size, "sha256": self._hashes[name].finish(size)}
             file = OpenFile(self.partial / name)
             try:
                 return {"bytes": file.stamp.size, "sha256": hash_file(file)}
