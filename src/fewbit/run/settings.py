@@ -16,8 +16,9 @@ Event = dict[str, Any]
 
 
 def default_workers() -> int:
-    """Usable cores, four at most: reading, solving and writing overlap, more would only hold more tensors."""
-    return max(1, min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+    """One more than the usable cores, four at most: while one tensor waits for the disk the others keep the cores busy."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, cores + 1)
 
 
 def default_ram() -> int:
