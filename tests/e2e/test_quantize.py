@@ -196,7 +196,7 @@ def test_ctrl_c_leaves_a_resumable_folder_and_says_how(tmp_path: Path) -> None:
         "--to",
         "dense:nf4-g64",
         "--set",
-        "steps=200",
+        "steps=4000",
         "--no-verify",
         "-o",
         str(out),

@@ -12,7 +12,7 @@ from harness import require_env
 from test_gguf_models import PROMPTS, SPM, in_llamacpp
 from typer.testing import CliRunner
 
-from fewbit.cli.main import app
+from fewbit.cli.app import app
 
 pytestmark = pytest.mark.engines
 FEW = ("--calib-samples", "4", "--calib-length", "64")

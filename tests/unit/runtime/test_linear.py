@@ -252,4 +252,4 @@ def test_memory_is_what_arithmetic_says() -> None:
         made("int4-g128", (rows, cols))
     )  # 4 bits, f16 scale as stored, bf16 scale and zero for the kernel
     assert int4.nbytes == numel // 2 + (2 + 4) * numel // 128
-    assert "nf4-g64-dq" in repr(nf4) and "kernel=packed" in repr(nf4)
+    assert "nf4-g64-dq" in repr(nf4) and "kernel=direct" in repr(nf4)

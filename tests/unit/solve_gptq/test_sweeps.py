@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fewbit.math.linalg import damped, feedback_factor, solve_damped
-from fewbit.math.scales import assemble, fit, quantize, snap
+from fewbit.math.scales import assemble, fit, snap
 from fewbit.math.search import Params, Search
 from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import parse_scheme
@@ -100,10 +100,10 @@ def test_candidates_are_what_their_stored_form_says(text: str) -> None:
 def test_pieces_joined_are_the_whole(text: str) -> None:
     scheme = parse_scheme(text)
     w = torch.randn(5, 3 * scheme.span, generator=torch.Generator().manual_seed(3))
-    whole = quantize(scheme, w)
+    whole = fit(scheme, w, None, Search())
     pieces = [fit(scheme, part, None, Search()) for part in w.split(scheme.span, dim=1)]
     joined = join(scheme, pieces, tuple(w.shape))
-    _same(joined, Params(whole.scale, whole.code_shift, whole.value_shift))
+    _same(joined, whole)
 
 
 def _same(a: Params | QTensor, b: Params | QTensor) -> None:
