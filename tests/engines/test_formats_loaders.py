@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -273,9 +274,11 @@ def test_verify_notices_what_a_loader_fills_in(tmp_path: Path) -> None:
     ours, _ = write_pair("compressed-tensors", "int4-g128", tmp_path, layers=1)
     tensors = load_file(ours / "model.safetensors")
     lost = "model.layers.0.self_attn.v_proj.weight_scale"
+    broken = shutil.copytree(ours, tmp_path / "broken")
     kept = {name: t for name, t in tensors.items() if name != lost}
-    save_file(kept, ours / "model.safetensors", metadata={"format": "pt"})
-    with open_source(ours) as source:
+    save_file(kept, broken / "model.safetensors", metadata={"format": "pt"})
+    with open_source(ours) as source:  # which would not open what is broken; the loader shall
+        source.checkpoint.root = broken
         opened = open_with("transformers", source, python=str(interpreter("hf")))
     assert not opened.ok and opened.missing, opened
 
