@@ -143,7 +143,7 @@ def errors(view: View, grid: Grid, triple: tuple[torch.Tensor | None, ...]) -> t
     """Weighted squared error of each block under (scale, code_shift, value_shift), [n, 1, m, 1]."""
     scale, zero, shift = (view.params(p) for p in triple)
     out, run, arguments = np.empty(view.padded, np.float32), _kernels().errors, _grid_arguments(grid)
-    view.spread(lambda a, b: run(view.x, view.size, view.h, scale, zero, shift, out, a, b, *arguments))
+    view.spread(lambda a, b: run(view.x, view.size, view.h, scale, zero, shift, None, out, a, b, *arguments))
     return view.back(out)
 
 
@@ -177,10 +177,10 @@ def snap_scored(
     view: View, grid: IntGrid, triple: tuple[torch.Tensor | None, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`snap` and `errors` in one pass: codes [n, block rows, m, block cols] and errors [n, 1, m, 1]."""
-    params, run = tuple(view.params(p) for p in triple), _kernels().snap_scored
+    params, run, arguments = tuple(view.params(p) for p in triple), _kernels().errors, _grid_arguments(grid)
     codes, out = torch.empty(view.x.size, dtype=code_dtype(grid)), np.empty(view.padded, np.float32)
-    ends, made = (np.float32(grid.low), np.float32(grid.high)), codes.numpy()
-    view.spread(lambda a, b: run(view.x, view.size, view.h, *params, made, out, a, b, *ends))
+    made = codes.numpy()
+    view.spread(lambda a, b: run(view.x, view.size, view.h, *params, made, out, a, b, *arguments))
     n, br, m, bc = view.shape
     return codes.reshape(n, m, br, bc).permute(0, 2, 1, 3), view.back(out)
 

@@ -1,6 +1,6 @@
 """numba kernels over blocks that lie one after another in memory: extremes, snapping, errors and scale search.
 
-All see x as a flat array of blocks of `size` >= 16 numbers and one parameter per block. `extremes`, `errors`, `snap` and `snap_scored` also take uint16 (bfloat16
+All see x as a flat array of blocks of `size` >= 16 numbers and one parameter per block. `extremes`, `errors` and `snap` also take uint16 (bfloat16
 bits) and int16 (float16 bits), the rest float32. They release the GIL and work on blocks b0..b1, so that threads can share a tensor. Weights of
 errors, h, are a flat float32 array of whole blocks that repeats over the blocks of x.
 
@@ -82,8 +82,11 @@ def extremes(x, size, low, high, b0, b1):
 
 
 @njit(**_OPTIONS)
-def errors(x, size, h, scale, zero, shift, out, b0, b1, low, high, kind, ends, levels):
-    """Weighted squared error of each block under stored parameters, with the arithmetic of `snap` and `dequantize`."""
+def errors(x, size, h, scale, zero, shift, codes, out, b0, b1, low, high, kind, ends, levels):
+    """Weighted squared error of each block under stored parameters, with the arithmetic of `snap` and `dequantize`.
+
+    codes: where the codes go on the way, for integers (what `snap` gives); None where they are not wanted.
+    """
     ramp = np.empty(WIDTH, np.float32)
     for n in range(WIDTH):
         ramp[n] = n
@@ -96,7 +99,10 @@ def errors(x, size, h, scale, zero, shift, out, b0, b1, low, high, kind, ends, l
         for k in range(0, size, WIDTH):
             at = _at(k, size)
             y = load(x, b * size + at)
-            miss = ((_level((y - v) / safe + z, low, high, kind, ends, levels) - z) * s + v) - y
+            level = _level((y - v) / safe + z, low, high, kind, ends, levels)
+            if codes is not None:
+                store(codes, b * size + at, level)
+            miss = ((level - z) * s + v) - y
             miss = miss * miss * load(h, row + at)
             if at < k:  # lanes that were counted before
                 miss = where_greater(splat(np.float32(k - at)), places, splat(_ZERO), miss)
@@ -153,34 +159,6 @@ def snap(x, size, scale, zero, shift, out, b0, b1, low, high, kind, ends, marks)
                 store(out, at, _level(u, _ZERO, high, None, ends, marks))
             else:
                 store(out, at, _level(u, low, high, None, None, None))
-
-
-@njit(**_OPTIONS)
-def snap_scored(x, size, h, scale, zero, shift, codes, out, b0, b1, low, high):
-    """`snap` and `errors` at once, for integers: codes of the nearest levels, and the weighted squared error of each block."""
-    ramp = np.empty(WIDTH, np.float32)
-    for n in range(WIDTH):
-        ramp[n] = n
-    places = load(ramp, 0)
-    for b in range(b0, b1):
-        s, z, v = splat(scale[b]), splat(zero[b]), splat(shift[b])
-        safe = splat(scale[b] if scale[b] != _ZERO else _INFINITE)
-        row = b * size % h.shape[0]
-        total = splat(_ZERO)
-        for k in range(0, size, WIDTH):
-            at = _at(k, size)
-            y = load(x, b * size + at)
-            level = _level((y - v) / safe + z, low, high, None, None, None)
-            store(codes, b * size + at, level)
-            miss = ((level - z) * s + v) - y
-            miss = miss * miss * load(h, row + at)
-            if at < k:  # lanes that were counted before
-                miss = where_greater(splat(np.float32(k - at)), places, splat(_ZERO), miss)
-            total = total + miss
-        whole = _ZERO
-        for n in range(WIDTH):
-            whole += lane(total, n)
-        out[b] = whole
 
 
 @njit(**_OPTIONS)
