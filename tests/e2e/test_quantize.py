@@ -185,22 +185,15 @@ def _wait_for_work(out: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
+def long_search(out: Path, steps: int) -> list[str]:
+    """A command that takes long enough to be stopped in the middle."""
+    command = [sys.executable, "-m", "fewbit.cli.main", "quantize", str(SAMPLE), "--to", "dense:nf4-g64"]
+    return [*command, "--set", f"steps={steps}", "--no-verify", "-o", str(out)]
+
+
 def test_ctrl_c_leaves_a_resumable_folder_and_says_how(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "fewbit.cli.main",
-        "quantize",
-        str(SAMPLE),
-        "--to",
-        "dense:nf4-g64",
-        "--set",
-        "steps=4000",
-        "--no-verify",
-        "-o",
-        str(out),
-    ]
+    command = long_search(out, 4000)
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     _wait_for_work(out, process)
     process.send_signal(signal.SIGINT)
@@ -211,20 +204,7 @@ def test_ctrl_c_leaves_a_resumable_folder_and_says_how(tmp_path: Path) -> None:
 
 def test_changed_options_are_refused_by_name(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "fewbit.cli.main",
-        "quantize",
-        str(SAMPLE),
-        "--to",
-        "dense:nf4-g64",
-        "--set",
-        "steps=200",
-        "--no-verify",
-        "-o",
-        str(out),
-    ]
+    command = long_search(out, 200)
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _wait_for_work(out, process)
     process.kill()
