@@ -154,10 +154,9 @@ def _check_recipe(
         if method not in SOLVERS:
             errors.append(InputError("FB-E0406", f"no method is called {method!r}; there are {', '.join(SOLVERS)}"))
         else:
-            for option in recipe.options:
-                if "." not in option and option not in SOLVERS[method].options and method == recipe.method:
-                    has = ", ".join(SOLVERS[method].options) or "none"
-                    errors.append(InputError("FB-E0405", f"method {method} has no option {option!r}; it has {has}"))
+            given = {name: value for name, value in recipe.options.items() if "." not in name and method == recipe.method}
+            faults = [SOLVERS[method].fault(name, value) for name, value in given.items()]
+            errors += [InputError("FB-E0405", fault) for fault in faults if fault]
     errors += check_rewrites(recipe.rewrites, recipe.options)
     gguf = any(target.startswith("gguf") for target in recipe.to)  # rules may name tensors as the GGUF does
     for rule in recipe.rules:

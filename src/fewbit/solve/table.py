@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from fewbit.num.qtensor import QTensor
     from fewbit.num.scheme import Scheme
 
-Need = Literal["importance", "gram", "cross_gram", "absmax", "absmean"]
+# options whose value is one of a few words, in whichever solver
+WORDS: dict[str, tuple[str, ...]] = {
+    "search": ("absmax", "minmax", "percentile", "mse", "lsq"),
+    "order": ("given", "importance"),
+}
+
+Need = Literal["importance", "gram", "cross_gram", "absmax", "absmean", "histogram"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Solver:
         needs: statistics of the weight's input space that must have been collected.
         solve: (w [*batch, rows, cols], stats or None, scheme, *, seed, options) -> Solved.
         options: every option with its default; unknown options are errors.
+        words: the words that an option may be, where they differ from `WORDS`.
         summary: one line for `fewbit methods`.
         outliers: whether its answers hold weights beside the codes, which only dense outputs can store.
         together: (loss, batches, start, wanted, *, seed, options, check_stop) -> {name: Solved}, called for all weights of a block once each is
@@ -58,6 +65,7 @@ class Solver:
     needs: frozenset[str]
     solve: Callable[..., Solved]
     options: Mapping[str, Any] = field(default_factory=dict)
+    words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     summary: str = ""
     outliers: bool = False
     together: Callable[..., dict[str, Solved]] | None = None
@@ -74,7 +82,7 @@ class Solver:
         """Solve with the given options over the defaults.
 
         Raises:
-            InputError: FB-E0704 for an unknown option or missing statistics.
+            InputError: FB-E0704 for an unknown option, an unsuitable value or missing statistics.
         """
         return self.solve(w, stats, scheme, seed=seed, options=self.check(stats, options or {}))
 
@@ -82,12 +90,32 @@ class Solver:
         """All options, defaults filled in, after checking them and that the statistics needed are there."""
         unknown = [name for name in options if name not in self.options]
         if unknown:
-            known = ", ".join(self.options) or "none"
-            raise InputError("FB-E0704", f"{self.name} has no option {unknown[0]!r}; it has {known}")
+            raise InputError("FB-E0704", self.fault(unknown[0], None))
+        faults = [fault for name, value in options.items() if (fault := self.fault(name, value))]
+        if faults:
+            raise InputError("FB-E0704", faults[0])
         missing = [need for need in sorted(self.needs) if stats is None or getattr(stats, need) is None]
         if missing:
             raise InputError("FB-E0704", f"{self.name} needs calibration statistics: {', '.join(missing)}")
         return {**self.options, **options}
+
+    def fault(self, option: str, value: Any) -> str | None:
+        """Why an option cannot have this value, or None; the kind of value is that of its default."""
+        if option not in self.options:
+            return f"method {self.name} has no option {option!r}; it has {', '.join(self.options) or 'none'}"
+        default = self.options[option]
+        if isinstance(default, bool):
+            wanted, right = "true or false", isinstance(value, bool)
+        elif isinstance(default, int | float):
+            whole = isinstance(default, int)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            wanted, right = ("a whole number" if whole else "a number"), number and not (whole and value != int(value))
+        elif isinstance(default, str):
+            words = {**WORDS, **self.words}.get(option, (value,))
+            wanted, right = f"one of {', '.join(map(str, words))}", value in words
+        else:
+            return None
+        return None if right else f"option {option} of method {self.name} must be {wanted}, got {value!r}"
 
 
 class _Table(Mapping[str, Solver]):
@@ -115,6 +143,7 @@ SOLVERS: Mapping[str, Solver] = _Table(
     {
         "rtn": "fewbit.solve.rtn",
         "hqq": "fewbit.solve.hqq",
+        "clip": "fewbit.solve.clip",
         "gptq": "fewbit.solve.gptq",
         "learned": "fewbit.solve.learned",
         "spqr": "fewbit.solve.spqr",
