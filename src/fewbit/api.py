@@ -73,15 +73,15 @@ def plan_quantize(
 
 
 def _rewritten(source: Source, recipe: Recipe) -> Source:
-    """The equal float model that the recipe's rewrites make of a source."""
+    """The equal float model that the recipe's rewrites make of a source, with scales of its cache where they are asked for."""
     from fewbit.run.gguf_source import for_targets
+    from fewbit.run.kv import with_kv
     from fewbit.run.rewrites import rewritten
 
-    return rewritten(for_targets(source, recipe.to), recipe)
+    return with_kv(rewritten(for_targets(source, recipe.to), recipe), recipe)
 
 
 def _decide(source: Source, model: str, recipe: Recipe, out: Path | None, ram: int | None, workers: int | None) -> Plan:
-    from fewbit.run.rewrites import RewrittenSource
     from fewbit.run.settings import default_ram, default_workers
 
     if source.quantised and not recipe.requantize:
@@ -95,7 +95,7 @@ def _decide(source: Source, model: str, recipe: Recipe, out: Path | None, ram: i
     limits = (ram or default_ram(), workers or default_workers())
     try:
         peak = budget(jobs, *limits).peak
-        if plan.needs:
+        if plan.needs or recipe.kv:
             peak = max(peak, calibrated_budget(plan, source.manifest, *limits).peak)
         plan = replace(plan, peak_bytes=peak)
     except ResourceError as error:
@@ -104,9 +104,8 @@ def _decide(source: Source, model: str, recipe: Recipe, out: Path | None, ram: i
         problems += _disk_problems(plan, out)
     if problems:
         raise Refusals(problems)
-    said = {"rewrites": tuple(source.does)} if isinstance(source, RewrittenSource) else {}
-    noted = source.warnings if isinstance(source, RewrittenSource) else []
-    return replace(plan, warnings=(*source.checkpoint.warnings, *plan.warnings, *noted), **said)
+    warnings = (*source.checkpoint.warnings, *plan.warnings, *source.warnings)
+    return replace(plan, warnings=warnings, rewrites=tuple(source.does))
 
 
 def tokenizer_files(source: Source) -> dict[str, bytes]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from format_models import PROMPTS, write_pair
+from format_models import PROMPTS, SAMPLE, write_pair
 from harness import has_module, interpreter, is_built, load_arrays, require_env, run_driver, run_jobs
 from safetensors.torch import load_file, save_file
 
@@ -47,7 +47,7 @@ BF16 = {"dtype": "bfloat16"}
 CT, BNB, MLX = "compressed-tensors", "bitsandbytes", "mlx"
 CASES = [
     *(Case(CT, scheme, "hf") for scheme in ("int4-g128", "int2-g32", "int3-g128", "int5-channel", "int8-channel", "fp8-e4m3-channel", "fp8-e4m3-block128")),
-    Case(CT, "int4-g128-asym", "hf", bound=0.05, job={"dequantize": True}), Case(CT, "int4-g128-asym", "hf-ct17"),
+    *(Case(CT, scheme, "hf", bound=0.05) for scheme in ("int4-g128-asym", "int8-channel-asym", "int3-g32-asym")), Case(CT, "int4-g128-asym", "hf-ct17", bound=0.05),
     *(Case(CT, scheme, "hf", bound=ACTIVATIONS) for scheme in ("int8-channel+int8-token", "fp8-e4m3-channel+fp8-e4m3-token")),
     *(Case(CT, scheme, "hf", bound=HALF, job=BF16) for scheme in ("nvfp4", "mxfp4", "mxfp8")),
     Case("fp8", "fp8-e4m3-block128", "hf", bound=HALF, job=BF16),
@@ -154,12 +154,70 @@ def test_loads_and_agrees(case: Case, loads: Loads) -> None:
     assert all(len(ids) == 4 for ids in result["generated"])
 
 
-@pytest.mark.parametrize("form,spelling", [("compressed-tensors", "int4-g128-asym")])
-def test_what_transformers_does_not_load(form: str, spelling: str, tmp_path: Path) -> None:
-    """The refusals that `formats.engines` states are still true; when this fails the table is too strict."""
+def without_dequantising(place: Path) -> Path:
+    """The checkpoint as llm-compressor would write it: nothing tells transformers to decode at loading."""
+    config = json.loads((place / "config.json").read_text())
+    assert config["quantization_config"].pop("dequantize")
+    (place / "config.json").write_text(json.dumps(config))
+    return place
+
+
+def test_packed_zero_points_load_only_decoded(tmp_path: Path) -> None:
+    """Why our config says `dequantize`: without it transformers refuses the file. When this fails the key is no longer needed."""
     require_env("hf", "transformers")
-    ours, _ = write_pair(form, spelling, tmp_path, layers=LAYERS)
-    assert not run_driver("hf", "transformers", {"model": ours, "prompts": PROMPTS[:1]}, check=False)["ok"]
+    ours, _ = write_pair("compressed-tensors", "int4-g128-asym", tmp_path, layers=1)
+    result = run_driver(
+        "hf", "transformers", {"model": without_dequantising(ours), "prompts": PROMPTS[:1]}, check=False
+    )
+    assert not result["ok"] and "zero_point" in result["message"] + result["traceback"], result
+
+
+def with_cache_scales(place: Path) -> Path:
+    """The sample in int4 with calibrated scales of its cache."""
+    from fewbit import api
+
+    words: dict[str, Any] = {"kv": "fp8", "calib_samples": 4, "calib_length": 128}
+    return api.quantize(SAMPLE, to="compressed-tensors:int4-g128", out=place, **words).outputs[0]
+
+
+def test_cache_scales_in_transformers(tmp_path: Path) -> None:
+    """transformers finds a scale for every attention, rounds keys and values under it, and says nearly the same."""
+    require_env("hf", "transformers")
+    ours = with_cache_scales(tmp_path / "kv")
+    plain = shutil.copytree(ours, tmp_path / "plain")
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = None
+    (plain / "config.json").write_text(json.dumps(config))
+    jobs = [
+        {"model": str(p), "prompts": PROMPTS, "logits": str(tmp_path / f"{p.name}.npz"), "generate": 4}
+        for p in (ours, plain)
+    ]
+    result, other = run_jobs("hf", "transformers", jobs)
+    assert result["ok"] and other["ok"], (result, other)
+    assert not result.get("missing_keys") and not result.get("unexpected_keys"), result
+    worst, same = agreement(load_arrays(tmp_path / "plain.npz"), load_arrays(tmp_path / "kv.npz"))
+    record("transformers", (CT, "int4-g128, cache fp8"), worst, "logits", ACTIVATIONS, {})
+    assert 0 < worst < ACTIVATIONS and same > 0.85, (worst, same)
+    assert all(len(ids) == 4 for ids in result["generated"])
+
+
+def test_cache_scales_in_vllm(tmp_path: Path) -> None:
+    """vLLM loads a checkpoint with scales of its cache and gives the same log probabilities as without."""
+    require_env("vllm")
+    ours = with_cache_scales(tmp_path / "kv")
+    job = {
+        "model": ours,
+        "prompts": PROMPTS,
+        "logprobs": tmp_path / "kv.npz",
+        "generate": 4,
+        "top": 5,
+        "kv_dtype": "fp8",
+    }
+    result = run_driver("vllm", "vllm", job)
+    run_driver("hf", "transformers", {"model": ours, "prompts": PROMPTS, "logits": tmp_path / "hf.npz"})
+    difference = own_logprob_difference(load_arrays(tmp_path / "hf.npz"), load_arrays(tmp_path / "kv.npz"))
+    record("vLLM on CPU", (CT, "int4-g128, cache fp8"), difference, "nats", 0.1, {})
+    assert difference < 0.1 and all(len(ids) == 4 for ids in result["generated"]), difference
 
 
 VLLM = [
@@ -167,6 +225,16 @@ VLLM = [
     ("compressed-tensors", "int4-g128-asym", NATS), ("compressed-tensors", "int8-channel+int8-token", 0.1),
     ("compressed-tensors", "fp8-e4m3-channel+fp8-e4m3-token", 0.1), ("fp8", "fp8-e4m3-tensor+fp8-e4m3-tensor", 0.1), ("fp8", "fp8-e4m3-block128", 0.1),
 ]  # fmt: skip
+
+
+def own_logprob_difference(logits: dict[str, np.ndarray], logprobs: dict[str, np.ndarray]) -> float:
+    """Worst mean difference, over prompts, of the log probabilities of a prompt's own tokens: transformers' logits against vLLM's."""
+    found = []
+    for index, ids in enumerate(PROMPTS):
+        rows = logits[str(index)].astype(np.float64)
+        expected = (rows - np.log(np.exp(rows).sum(-1, keepdims=True)))[np.arange(len(ids) - 1), ids[1:]]
+        found.append(float(np.abs(expected - logprobs[f"own_{index}"]).mean()))
+    return max(found)
 
 
 @pytest.mark.parametrize(("form", "spelling", "bound"), VLLM)
@@ -180,14 +248,9 @@ def test_vllm_on_cpu(form: str, spelling: str, bound: float, tmp_path: Path) -> 
     result = run_driver(
         "vllm", "vllm", {"model": ours, "prompts": PROMPTS, "logprobs": tmp_path / "ours.npz", "generate": 4, "top": 5}
     )
-    logits, ours_logprobs = load_arrays(tmp_path / "twin.npz"), load_arrays(tmp_path / "ours.npz")
-    differences = []
-    for index, ids in enumerate(PROMPTS):
-        rows = logits[str(index)].astype(np.float64)
-        expected = (rows - np.log(np.exp(rows).sum(-1, keepdims=True)))[np.arange(len(ids) - 1), ids[1:]]
-        differences.append(float(np.abs(expected - ours_logprobs[f"own_{index}"]).mean()))
-    record("vLLM on CPU", (form, spelling), max(differences), "nats", bound, {})
-    assert max(differences) < bound, differences
+    difference = own_logprob_difference(load_arrays(tmp_path / "twin.npz"), load_arrays(tmp_path / "ours.npz"))
+    record("vLLM on CPU", (form, spelling), difference, "nats", bound, {})
+    assert difference < bound, difference
     assert all(len(ids) == 4 for ids in result["generated"])
 
 
@@ -287,6 +350,6 @@ def test_a_loader_that_refuses_is_a_finding(tmp_path: Path) -> None:
     from fewbit.eval.verify import verify
 
     require_env("hf", "transformers")
-    ours, _ = write_pair("compressed-tensors", "int4-g128-asym", tmp_path, layers=1)
+    ours = without_dequantising(write_pair("compressed-tensors", "int4-g128-asym", tmp_path, layers=1)[0])
     found = verify(ours, engine="transformers", python=str(interpreter("hf")))
     assert [finding.kind for finding in found.findings] == ["engine"] and "did not run" in found.summary

@@ -27,10 +27,12 @@ import torch
 from fewbit.base.errors import FewbitError
 from fewbit.eval.completeness import skipped
 from fewbit.eval.findings import Compared, Finding, Findings, Verified
+from fewbit.formats.kinds import kv_scale
 from fewbit.math.metrics import sqnr_db
 from fewbit.math.scales import Search, quantize
 from fewbit.num.qtensor import QTensor, values_of
 from fewbit.num.scheme import Scheme, parse_scheme
+from fewbit.run.kv import WHICH, attentions
 from fewbit.run.source import Source, open_source
 
 MARGIN_DB = 6.0  # calibrated rounding trades some of a weight's own error for that of the outputs
@@ -94,6 +96,7 @@ def _verify(place: Path, source: Source, base: Source | None, limit: int) -> Ver
     notes: list[str] = []
     written = _own_manifest(place)
     _check_skipped(source, found)
+    _check_cache(source, found)
     _check_manifest(source, written, found)
     held = source.format.container if source.format else "safetensors"
     compared: list[Compared] = []
@@ -221,6 +224,26 @@ def _check_skipped(source: Source, found: Findings) -> None:
         found.add("skipped", name, message)
 
 
+def _check_cache(source: Source, found: Findings) -> None:
+    """Scales of cached keys and values: one of each for every attention where the config says that caches are quantised by them."""
+    at = {kv_scale(name): name for name in source.checkpoint.manifest if kv_scale(name) is not None}
+    for name in at.values():
+        if not bool((source.checkpoint.read(name).float() > 0).all()):
+            found.add("codes", name, "a scale of cached keys or values is not positive")
+    settings = source.checkpoint.config.get("quantization_config") or {}
+    promised = settings.get("kv_cache_scheme")
+    if not isinstance(promised, dict) or promised.get("dynamic"):
+        return
+    if not at and settings.get("quant_method") != "compressed-tensors":
+        return  # ModelOpt leaves out scales that are all one
+    for module in attentions(source.manifest, source.config):
+        for which in WHICH:
+            if (module, which) not in at:
+                found.add(
+                    "config", f"{module}.{which}_scale", "is not stored, and the config promises a cache scaled by it"
+                )
+
+
 def _comparable(source: Source, base: Source | None, written: dict[str, Any], notes: list[str]) -> Source | None:
     """The base, if its tensors can be held against these one by one."""
     if base is None:
@@ -251,7 +274,7 @@ def _compare_gguf(source: Source, base: Source, notes: list[str], found: Finding
     compared = []
     for name, info in base.manifest.items():
         if name not in logical.manifest:
-            if not name.endswith(("rotary_emb.inv_freq", "attn.bias", "masked_bias")):
+            if kv_scale(name) is None and not name.endswith(("rotary_emb.inv_freq", "attn.bias", "masked_bias")):
                 found.add("source", name, "is in the base and not here")
             continue
         block = logical.made_of(name)
@@ -284,6 +307,8 @@ def _compare_tiles(name: str, scheme: Scheme, logical: Source, base: Source, fou
 def _check_names(source: Source, base: Source, found: Findings) -> None:
     tied = bool(source.config.get("tie_word_embeddings"))
     for name, info in base.manifest.items():
+        if kv_scale(name) is not None:
+            continue  # under another name in some formats, and of no use to others
         if name not in source.manifest:
             if not (tied and "lm_head" in name) and not name.endswith(
                 ("rotary_emb.inv_freq", "attn.bias", "masked_bias")

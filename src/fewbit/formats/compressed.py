@@ -11,8 +11,8 @@ Every weight `x.weight` becomes a few tensors beside each other; what they mean 
     mxfp4-, mxfp6-pack-…    x.weight_packed uint8 (6 bits: four codes in three bytes); x.weight_scale uint8, E8M0 exponents
     mxfp8-quantized         x.weight float8_e4m3fn; x.weight_scale uint8, E8M0 exponents
 
-Static activations add x.input_scale (x.input_global_scale for NVFP4). Stacked weights [experts, out, in] are stored slice by slice in the same
-tensors. Unsigned codes of an asymmetric scheme are stored minus 2^(b-1), their zero points too, so the packed bits are the codes
+Static activations add x.input_scale (x.input_global_scale for NVFP4). Stacked weights [experts, out, in] are written one layer for each expert, as
+engines expect them (`formats.experts`); stacks that lie in one tensor are read too. Unsigned codes of an asymmetric scheme are stored minus 2^(b-1), their zero points too, so the packed bits are the codes
 themselves. Before 0.20 widths of 3, 5, 6 and 7 bits were packed floor(32/b) to a word: read, never written.
 
 Source: compressed-tensors 0.20.0 and 0.17 as read in facts.md B1.
@@ -35,6 +35,7 @@ from fewbit.formats.compressed_config import (
     strategy,
     word_of,
 )
+from fewbit.formats.experts import per_expert
 from fewbit.formats.kinds import STORED_DTYPE, affine_of, fp8_scale, is_nvfp4, misfit, mx_element, part, sibling
 from fewbit.formats.table import Assignment, Format, Parts, Stored
 from fewbit.num.grid import BF16, F16
@@ -346,18 +347,20 @@ def _shape(
     raise InputError("FB-E0621", f"{problem}: the config lies about bits or group size", tensor=packed.name)
 
 
-FORMAT = Format(
-    name="compressed-tensors",
-    summary="llm-compressor's format: integers of 2 to 8 bits, FP8, MXFP4/6/8, NVFP4; vLLM, SGLang, transformers",
-    container="safetensors",
-    default_scheme="int4-g128",
-    engines=("vllm", "vllm-cpu", "sglang", "transformers"),
-    accepts=accepts,
-    parts=parts,
-    encode=encode,
-    decode=decode,
-    config=config,
-    detect=detect,
-    conform=conform,
-    kv_scale=lambda attention, which: f"{attention}.{which}_scale",
+FORMAT = per_expert(
+    Format(
+        name="compressed-tensors",
+        summary="llm-compressor's format: integers of 2 to 8 bits, FP8, MXFP4/6/8, NVFP4; vLLM, SGLang, transformers",
+        container="safetensors",
+        default_scheme="int4-g128",
+        engines=("vllm", "vllm-cpu", "sglang", "transformers"),
+        accepts=accepts,
+        parts=parts,
+        encode=encode,
+        decode=decode,
+        config=config,
+        detect=detect,
+        conform=conform,
+        kv_scale=lambda attention, which: f"{attention}.{which}_scale",
+    )
 )

@@ -179,7 +179,18 @@ def quantization_config(schemes: Mapping[str, Scheme], kept: Iterable[str]) -> A
         "kv_cache_scheme": None,
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
+        **({"dequantize": True} if _needs_dequantising(distinct) else {}),
     }
+
+
+def _needs_dequantising(schemes: list[Scheme]) -> bool:
+    """Whether transformers must be told to decode at loading.
+
+    With compressed-tensors 0.19 and 0.20 it lays out packed zero points unpacked and refuses the checkpoint's, whoever wrote it (`pack_quantized/base.py`,
+    `compress` on the meta device). Decoding at loading goes another way, which knows one scheme only; vLLM and SGLang do not read this key.
+    """
+    packed = [affine_of(scheme) for scheme in schemes if word_of(scheme) == "pack-quantized"]
+    return len(schemes) == 1 and any(affine is not None and affine.zero == "code" for affine in packed)
 
 
 def _is_embedding(name: str) -> bool:

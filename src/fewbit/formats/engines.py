@@ -53,19 +53,8 @@ def _shape_must_fit_marlin(affine: Affine, shape: tuple[int, ...]) -> str | None
     )
 
 
-def _ct_transformers(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
-    affine = affine_of(scheme)
-    if len(shape) > 2:
-        return f"reads experts one by one, not stacked as {list(shape)}"
-    if affine is not None and affine.zero == "code" and scheme.activation is None:
-        return "cannot load asymmetric packed weights with compressed-tensors 0.19 or 0.20 unless it dequantises at loading (0.17 can)"
-    return None
-
-
 def _ct_vllm(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
     affine, inputs = affine_of(scheme), scheme.activation
-    if len(shape) > 2:
-        return f"reads experts one by one, not stacked as {list(shape)}"
     if affine is not None and inputs is None:
         if affine.blocks == TENSOR:
             return "has no kernel for one scale per tensor with integer weights"
@@ -159,7 +148,6 @@ def _modelopt(*known: str) -> Rule:
 
 
 _RULES: dict[tuple[str, str], Rule] = {
-    ("compressed-tensors", "transformers"): _ct_transformers,
     ("compressed-tensors", "vllm"): _ct_vllm,
     ("compressed-tensors", "vllm-cpu"): _ct_vllm_cpu,
     ("compressed-tensors", "sglang"): _ct_sglang,

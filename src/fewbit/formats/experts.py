@@ -74,7 +74,8 @@ def per_expert(form: Format) -> Format:
     def decode(name: str, read: Callable[[str], torch.Tensor], stored: Stored) -> QTensor:
         if "layers" not in stored.facts:
             return form.decode(name, read, stored)
-        return stack_of([form.decode(layer, read, own) for layer, own in stored.facts["layers"]], stored.shape)
+        layers = [form.decode(layer, read, own) for layer, own in stored.facts["layers"]]
+        return stack_of(layers, (*stored.shape[:-1], layers[0].shape[-1]))  # columns may be known from the data only
 
     def config(source: dict[str, Any], assignment: Assignment) -> tuple[dict[str, Any], dict[str, Any]]:
         shapes = assignment.stacks
@@ -123,7 +124,8 @@ def _together(name: str, experts: int, layers: list[tuple[str, Stored | None]]) 
         raise InputError("FB-E0621", f"layers of the stacked experts {name} differ in scheme or shape", tensor=odd[0])
     rows = first.shape[-2] * (len(held) // experts)
     parts = tuple(part for _, own in held for part in own.parts)
-    return Stored(first.scheme, (experts, rows, first.shape[-1]), parts, {"layers": tuple(held)})
+    facts = {"layers": tuple(held), "read_shape": any(own.facts.get("read_shape") for _, own in held)}
+    return Stored(first.scheme, (experts, rows, first.shape[-1]), parts, facts)
 
 
 def matrix_of(q: QTensor, expert: int, first: int, last: int) -> QTensor:

@@ -57,6 +57,16 @@ class Recipe(BaseModel):
     )
     calib_samples: int = Field(128, ge=1, description="calibration sequences")
     calib_length: int = Field(512, ge=8, description="tokens per calibration sequence")
+    activation_range: Literal["absmax", "percentile", "mse"] = Field(
+        "absmax",
+        description="how far static activation scales reach: the largest input, a percentile, or least squared error",
+    )
+    activation_percentile: float = Field(
+        99.99, gt=0, le=100, description="per cent of the inputs inside the range of `--activation-range percentile`"
+    )
+    kv: Literal["fp8"] | None = Field(
+        None, description="calibrated scales of cached keys and values (fp8), where the format has a place for them"
+    )
     imatrix: str | None = Field(None, description="importance matrix file (GGUF or the older binary form)")
     seed: int = Field(0, ge=0, description="seed of everything random")
     max_shard_size: str = Field("5GB", description="largest output file, e.g. 5GB")

@@ -6,7 +6,7 @@ Nothing here opens a file. All reasons to refuse are gathered and raised togethe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fewbit.arch.infer import TensorFacts, facts, family_for, model_type_of
@@ -14,7 +14,9 @@ from fewbit.arch.rewrite_table import check as check_rewrites
 from fewbit.base.errors import FewbitError, InputError, Refusals
 from fewbit.base.manifest import Manifest, TensorInfo
 from fewbit.base.names import matches
+from fewbit.formats.kinds import kv_scale
 from fewbit.formats.table import Assignment, Format, format_named
+from fewbit.num.blocks import TENSOR
 from fewbit.num.scheme import Scheme, parse_scheme
 from fewbit.plan.gguf import resolve_gguf
 from fewbit.plan.jobs import Job, Output, Plan
@@ -34,6 +36,7 @@ KEPT_BECAUSE = {
     "buffer": "not a weight",
     "tower": "vision and audio towers stay in high precision",
 }
+KV_SCALE = "kv_scale"
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 
@@ -102,7 +105,8 @@ def resolve(
             if form.container == "gguf":
                 words = (target, spelling or form.default_scheme, options)
                 label = source.rstrip("/").rpartition("/")[2] or "model"
-                output, notes = resolve_gguf(*words, manifest, config, known, recipe, files or {}, label)
+                cacheless = replace(manifest, tensors={n: i for n, i in manifest.items() if kv_scale(n) is None})
+                output, notes = resolve_gguf(*words, cacheless, config, known, recipe, files or {}, label)
                 outputs.append(output)
                 warnings += [f"{target}: {note}" for note in notes]
             else:
@@ -113,11 +117,16 @@ def resolve(
         except FewbitError as error:
             errors.append(error)
     for output in outputs:
+        if recipe.kv and format_named(output.format).kv_scale is None:
+            warnings.append(f"{output.target}: {output.format} has no place for scales of cached keys and values")
         _check_outliers(output, errors)
+        _check_ranges(output, recipe, errors)
         warnings += _unlike_neighbours(output)
     if errors:
         raise Refusals(errors)
-    needs = sorted({need for out in outputs for job in out.quantised for need in job.needs})
+    needs = sorted(
+        {need for out in outputs for job in out.quantised for need in job.needs} | _range_needs(outputs, recipe)
+    )
     return Plan(
         source=source,
         outputs=tuple(outputs),
@@ -154,7 +163,9 @@ def _check_recipe(
         if method not in SOLVERS:
             errors.append(InputError("FB-E0406", f"no method is called {method!r}; there are {', '.join(SOLVERS)}"))
         else:
-            given = {name: value for name, value in recipe.options.items() if "." not in name and method == recipe.method}
+            given = {
+                name: value for name, value in recipe.options.items() if "." not in name and method == recipe.method
+            }
             faults = [SOLVERS[method].fault(name, value) for name, value in given.items()]
             errors += [InputError("FB-E0405", fault) for fault in faults if fault]
     errors += check_rewrites(recipe.rewrites, recipe.options)
@@ -187,6 +198,23 @@ def _check_outliers(output: Output, errors: list[FewbitError]) -> None:
         words = ", ".join(methods)
         what = f"{output.target}: {words} keeps outliers beside the codes, which {output.format} cannot store"
         errors.append(InputError("FB-E0415", what))
+
+
+def _range_needs(outputs: list[Output], recipe: Recipe) -> set[str]:
+    """Statistics that static activation ranges ask for beside the largest input."""
+    static = any(job.scheme.static for out in outputs for job in out.quantised if job.scheme is not None)
+    return {"histogram"} if static and recipe.activation_range != "absmax" else set()
+
+
+def _check_ranges(output: Output, recipe: Recipe, errors: list[FewbitError]) -> None:
+    """A range of least error needs to know how inputs are rounded under it: one scale for all of them."""
+    if recipe.activation_range != "mse":
+        return
+    inner = {job.scheme.activation for job in output.quantised if job.scheme is not None and job.scheme.static}
+    for scheme in inner:
+        if scheme is not None and scheme.blocks != TENSOR:
+            what = f"{output.target}: --activation-range mse needs one scale for all inputs, {scheme} finds more at run time"
+            errors.append(InputError("FB-E0706", what, remedy="use absmax or percentile"))
 
 
 def _check_one_scheme(form: Format, jobs: list[Job]) -> None:
@@ -248,6 +276,10 @@ def _resolve_output(
 ) -> Output:
     jobs = []
     for tensor, info in manifest.items():
+        place = kv_scale(tensor)
+        if place is not None:
+            jobs += [_kv_job(tensor, info, known[tensor], form.kv_scale(*place))] if form.kv_scale else []
+            continue
         try:
             choice = choose(tensor, info, known[tensor], recipe, base)
         except FewbitError:  # a rule's scheme that cannot be parsed was gathered already
@@ -259,12 +291,20 @@ def _resolve_output(
         solver=recipe.method,
         options=options,
         stacks={job.target: job.shape for job in jobs if job.scheme is not None and len(job.shape) > 2},
+        kv=any(job.role == KV_SCALE for job in jobs),
     )
     if not assignment.schemes and not errors:
         raise InputError("FB-E0409", f"{target}: no tensor would be quantised", remedy="check the rules and --include")
     _check_one_scheme(form, jobs)
     new_config, small_files = form.config(dict(config), assignment)
     return Output(target, form.name, options, tuple(jobs), new_config, small_files)
+
+
+def _kv_job(tensor: str, info: TensorInfo, known: TensorFacts, stored: str) -> Job:
+    """Carries a scale of cached keys or values over, under the name that a format has for it."""
+    reason = "range of cached keys or values"
+    words = (info.dtype, KV_SCALE, known.layer, None, "", reason, {stored: (info.dtype, info.shape)})
+    return Job(tensor, stored, (tensor,), (), info.shape, *words)
 
 
 def _job(

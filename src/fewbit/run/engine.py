@@ -37,7 +37,6 @@ from fewbit.plan.resources import Budget, budget, job_bytes, tile_rows
 from fewbit.run.imatrix import read_imatrix, weighted
 from fewbit.run.limits import ByteGate, torch_threads
 from fewbit.run.pieces import join_rows, read_weight
-from fewbit.run.rewrites import RewrittenSource
 from fewbit.run.settings import Settings
 from fewbit.run.sinks import Sink, open_sink
 from fewbit.run.source import Source
@@ -128,8 +127,7 @@ def run_plan(
     run = _Run(plan, source, settings, room, sinks, identity(plan, source))
     try:
         with _stoppable(run):
-            if isinstance(source, RewrittenSource):
-                source.decide(run)
+            source.decide(run)
             run.work(groups, calibrated)
         outputs = tuple(sink.finish(_record(plan, source, run)) for sink in sinks)
     finally:

@@ -6,7 +6,7 @@ name it had in the float checkpoint. Everything above (engine, eval, verify, con
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -35,9 +35,12 @@ class Source:
         format: the format that was recognised, or None for a plain checkpoint.
         stored: weight name -> where and how it is stored, for the quantised ones.
         small_files: JSON files that stand for what the checkpoint says of itself in another way (a GGUF's tokenizer), by name.
+        does, warnings: what is done to the stored model before it is read, in sentences.
     """
 
     small_files: Mapping[str, Any] = MappingProxyType({})
+    does: Sequence[str] = ()
+    warnings: Sequence[str] = ()
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -84,6 +87,9 @@ class Source:
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of the first dimension, as `read` gives them."""
         return self.read(name)[start:stop] if name in self.stored else self.checkpoint.read_rows(name, start, stop)
+
+    def decide(self, run: Any) -> None:
+        """Finds what must be known before anything is solved, given the run's text and journal; nothing for a source that is what lies on disk."""
 
     def fingerprint(self) -> str:
         return self.checkpoint.fingerprint()

