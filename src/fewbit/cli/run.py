@@ -24,6 +24,9 @@ def command(
     top_p: Annotated[float, typer.Option(help="sample among the most probable tokens of this share")] = 1.0,
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the model's chat template")] = False,
+    engine: Annotated[
+        str, typer.Option(help="torch, llama.cpp, or auto: llama.cpp for GGUF files where it is installed")
+    ] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32: what is computed in")] = "auto",
     tokenizer_from: Annotated[
         Path | None, typer.Option("--tokenizer", help="folder with the tokenizer, where the checkpoint has none")
@@ -33,6 +36,11 @@ def command(
     """Generates text in this process, quantised weights staying quantised; tokens per second and memory on stderr."""
     from fewbit.run.calib import Document, Tokens
 
+    if (file := _for_llamacpp(model, engine)) is not None:
+        record = _through_llamacpp(file, prompt, chat, not json, (tokens, temperature, top_p, seed))
+        record = {"model": model, "prompt": prompt, **record}
+        print_json("fewbit.run/1", record) if json else print(_summary(record), file=sys.stderr)
+        return
     with _open(model) as source:
         tokenizer = Tokens(tokenizer_from or (source.root if source.root.is_dir() else source.root.parent))
         module, facts = _load(source, dtype)
@@ -43,6 +51,73 @@ def command(
     )
     record = {"model": model, "prompt": prompt, "text": text, **speed, **facts}
     print_json("fewbit.run/1", record) if json else print(_summary(record), file=sys.stderr)
+
+
+def _for_llamacpp(model: str, engine: str) -> Path | None:
+    """The GGUF file that llama.cpp shall run, or None where our own path serves."""
+    from fewbit.base.errors import InputError
+    from fewbit.runtime.llamacpp import missing
+
+    if engine not in ("auto", "torch", "llama.cpp"):
+        raise InputError("FB-E0907", f"--engine is auto, torch or llama.cpp, got {engine!r}")
+    place = Path(model)
+    files = sorted(place.glob("*.gguf")) if place.is_dir() else [place] if place.suffix == ".gguf" else []
+    if engine == "llama.cpp" and not files:
+        raise InputError("FB-E0918", "llama.cpp reads GGUF files only", file=place)
+    return files[0] if engine == "llama.cpp" or (engine == "auto" and files and missing() is None) else None
+
+
+def _through_llamacpp(
+    file: Path, prompt: str, chat: bool, show: bool, options: tuple[int, float, float, int]
+) -> dict[str, Any]:
+    """Text and figures of a GGUF file that llama.cpp runs."""
+    import resource
+    import time
+
+    from fewbit.runtime.llamacpp import LlamaCpp
+
+    count, temperature, top_p, seed = options
+    started = time.perf_counter()
+    model = LlamaCpp(file, prompt, count, chat=chat, seed=seed)
+    times, text = [time.perf_counter()], ""
+    loading = times[0] - started
+    for piece in model.stream(temperature, top_p):
+        times.append(time.perf_counter())
+        text += piece
+        if show:
+            print(piece, end="", flush=True)
+    if show:
+        print()
+    return {
+        "text": text,
+        **_speed(times, model.prompt_tokens),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "format": "gguf",
+        "dtype": "llama.cpp's own",
+        "kernels": {"llama.cpp": 1},
+        "decoded_tensors": 0,
+        "weight_bytes": sum(part.stat().st_size for part in _split(file)),
+        "load_seconds": loading,
+    }
+
+
+def _split(file: Path) -> list[Path]:
+    """All files of a split GGUF, or the one."""
+    import re
+
+    pattern = re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-*-of-\1.gguf", file.name)
+    return sorted(file.parent.glob(pattern)) if pattern != file.name else [file]
+
+
+def _speed(times: list[float], prompt_tokens: int) -> dict[str, Any]:
+    """Figures of a generation from the time it began and those at which tokens came."""
+    count = len(times) - 1
+    return {
+        "prompt_tokens": prompt_tokens,
+        "tokens": count,
+        "first_token_seconds": times[1] - times[0] if count else None,
+        "tokens_per_second": (count - 1) / (times[-1] - times[1]) if count > 1 else None,
+    }
 
 
 def _open(model: str) -> Source:
@@ -131,15 +206,8 @@ def _stream(
     whole = tokenizer.inner.decode(found, skip_special_tokens=True)
     if show:
         print(whole[len(text) :])
-    first = times[1] - times[0] if found else None
-    speed = {
-        "prompt_tokens": len(ids),
-        "tokens": len(found),
-        "first_token_seconds": first,
-        "tokens_per_second": (len(found) - 1) / (times[-1] - times[1]) if len(found) > 1 else None,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-    return whole, speed
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return whole, {**_speed(times, len(ids)), "peak_bytes": peak}
 
 
 def _summary(record: dict[str, Any]) -> str:

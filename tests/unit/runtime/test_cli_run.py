@@ -56,3 +56,10 @@ def test_gguf_stays_in_its_blocks(kind: str, tmp_path: Path, capsys: pytest.Capt
     record = json.loads(capsys.readouterr().out)
     assert record["quantised_layers"] == 56 and record["tokens"] == 4
     assert record["weight_bytes"] < 16_000_000
+
+
+def test_llama_cpp_is_named_when_it_cannot_serve(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["run", SAMPLE, "-p", "x", "--engine", "llama.cpp"]) == 2
+    assert "FB-E0918" in capsys.readouterr().err
+    assert run(["run", SAMPLE, "-p", "x", "--engine", "onnx"]) == 2
+    assert "FB-E0907" in capsys.readouterr().err
