@@ -22,6 +22,11 @@ def matches(pattern: str, name: str) -> bool:
     return bool(compiled.search(name) if pattern.startswith("re:") else compiled.match(name))
 
 
+def pattern_of(name: str) -> str:
+    """A name with its numbers as `*`: the pattern of the same tensor in every layer and expert."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
 def natural_key(name: str) -> tuple:
     """Sort key that puts layer 2 before layer 10."""
     return tuple(int(part) if part.isdigit() else part for part in _NUMBER.split(name))

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from fewbit.base.errors import FewbitError, Refusals
 from fewbit.cli.main import COMMANDS, front_page
+from fewbit.cli.refusals import SHOWN, lines
 
 
 class LazyGroup(TyperGroup):
@@ -90,12 +91,12 @@ def _tell(error: FewbitError, as_json: bool, args: list[str]) -> None:
     bold, dim, off = (
         ("\033[1;31m", "\033[2m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "", "")
     )
-    for item in shown[:20]:
-        print(f"{bold}error{off} {item.code}: {item.message}", file=sys.stderr)
-        for label, text in (("tensor", item.tensor), ("file", item.file), ("hint", item.remedy)):
-            if text:
-                print(f"  {dim}{label:>6}:{off} {text}", file=sys.stderr)
-    if len(shown) > 20:
-        print(f"… and {len(shown) - 20} more; --json lists all", file=sys.stderr)
+    found = lines(shown)
+    for line in found[:SHOWN]:
+        print(f"{bold}error{off} {line.code}: {line.message}", file=sys.stderr)
+        for label, text in line.about:
+            print(f"  {dim}{label:>6}:{off} {text}", file=sys.stderr)
+    if len(found) > SHOWN:
+        print(f"… and {len(found) - SHOWN} more; --json lists all", file=sys.stderr)
     if error.code == "FB-E0511":
         print(f"  resume: fewbit {' '.join(args)}", file=sys.stderr)

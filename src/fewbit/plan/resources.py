@@ -111,8 +111,9 @@ def budget(jobs: list[Job], ram: int, workers: int) -> Budget:
     if worst is not None and largest > room:
         raise ResourceError(
             "FB-E0510",
-            f"this tensor needs {(largest + BASE_BYTES) / 1e9:.2f} GB at its peak, --ram allows {ram / 1e9:.2f} GB",
+            f"the program takes {BASE_BYTES / 1e9:.2f} GB and its largest tensor {largest / 1e9:.2f} GB more, --ram allows {ram / 1e9:.2f} GB",
             tensor=worst.name,
+            remedy=f"--ram {(largest + BASE_BYTES) / 1e9 + 0.01:.2f}GB or more" if largest < BASE_BYTES else None,
         )
     fitting = next((n for n in range(workers, 0, -1) if sum(size for size, _ in sizes[:n]) <= room), 1)
     peak = BASE_BYTES + sum(size for size, _ in sizes[:fitting])

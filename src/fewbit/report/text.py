@@ -39,7 +39,11 @@ def render(*parts: Any, width: int | None = None) -> str:
 
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     console = Console(
-        file=io.StringIO(), force_terminal=colour, width=width or (None if colour else 120), highlight=False
+        file=io.StringIO(),
+        force_terminal=colour,
+        width=width or (None if colour else 120),
+        highlight=False,
+        markup=False,
     )
     for part in parts:
         console.print(part)
@@ -54,7 +58,7 @@ def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]], tit
     for heading, side in columns:
         made.add_column(heading, justify=side, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
-        made.add_row(*(cell if isinstance(cell, Text) else str(cell) for cell in row))
+        made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return made
 
 
