@@ -34,6 +34,8 @@ _HEADS = ("lm_head.weight", "embed_out.weight")
 _HEAD_LIKE = "lm_head."
 _GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _LAYER = re.compile(r"(.*?)\b(?:layers|layer|h|blocks|block)\.(\d{1,5})\.")
+# keys by which transformers repeats what other keys say: dropped without a word
+_REPEATED = frozenset({"quantization_config._load_in_4bit", "quantization_config._load_in_8bit"})
 # quant_method -> ends of tensor names, one of which its checkpoints always have
 _QUANTISED_BY: dict[str, tuple[str, ...]] = {
     "gptq": (".qweight",),
@@ -76,7 +78,8 @@ def _safe(value: Any, at: str, dropped: list[str]) -> Any:
     for key, item in value.items():
         where = f"{at}.{key}" if at else key
         if key in DANGEROUS or key.startswith("_"):
-            dropped.append(where)
+            if where not in _REPEATED:
+                dropped.append(where)
         else:
             kept[key] = _safe(item, where, dropped)
     return kept
