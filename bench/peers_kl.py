@@ -2,7 +2,8 @@
 
     FEWBIT_ENVS=… python bench/peers_kl.py --bits 4 3 2 --peers llmcompressor-rtn llmcompressor-gptq autoround --ours rtn:absmax rtn hqq gptq
 
-Peers run in environments of their own (dev/envs.py); with `--keep`, what they made is kept in the folder and not made again. Scheme: int<bits>, groups of 128, asymmetric, all linears of all blocks. JSON on stdout.
+Peers run in environments of their own (dev/envs.py), llm-compressor in float32 unless `--dtype` says otherwise (a machine without BF16
+instructions takes many times as long in BF16); with `--keep`, what they made is kept in the folder and not made again. Scheme: int<bits>, groups of 128, asymmetric, all linears of all blocks. JSON on stdout.
 `--ours METHOD[:SEARCH][,option=value…]`.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -32,27 +34,35 @@ SAMPLE = ROOT / "samples" / "sample"
 TEXT = ROOT / "samples" / "text" / "wikitext2-test.txt"
 
 
-def peer(name: str, bits: int, out: Path, tokens: Path, iters: int) -> dict[str, Any]:
+def peer(name: str, bits: int, out: Path, tokens: Path, iters: int, dtype: str) -> dict[str, Any]:
     """Runs a peer; its output folder, seconds of quantising and peak memory."""
     common = {"model": str(SAMPLE), "out": str(out), "calibration": str(tokens)}
     if name.startswith("llmcompressor"):
         weights = {"num_bits": bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": 128}
-        job = {**common, "method": name.partition("-")[2], "weights": weights}
-        done = run_driver("llmcompressor", "llmcompressor", job, timeout=3600)
-        return {
-            "out": out,
-            "seconds": done["quantize_seconds"],
-            "wall": done["wall_seconds"],
-            "peak_mb": done["peak_rss_mb"],
-        }
+        job = {**common, "method": name.partition("-")[2], "weights": weights, "dtype": dtype}
+        done, cpu = timed(lambda: run_driver("llmcompressor", "llmcompressor", job, timeout=3600))
+        return {"out": out, "seconds": done["quantize_seconds"], "cpu": cpu, **costs(done)}
     job = {**common, "bits": bits, "group_size": 128, "sym": False, "iters": iters}
-    done = run_driver("autoround", "autoround", job, timeout=7200)
+    done, cpu = timed(lambda: run_driver("autoround", "autoround", job, timeout=7200))
     return {
         "out": Path(done["model_dir"]),
         "seconds": done["seconds"],
-        "wall": done["wall_seconds"],
-        "peak_mb": done["peak_rss_mb"],
+        "cpu": cpu,
+        **costs(done),
     }
+
+
+def costs(done: dict[str, Any]) -> dict[str, Any]:
+    """Wall seconds (without imports) and peak memory of a driver's process."""
+    return {"wall": done["wall_seconds"], "peak_mb": done["peak_rss_mb"]}
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    """What a call that starts processes returns, and the CPU seconds of those processes."""
+    before = os.times()
+    found = call()
+    after = os.times()
+    return found, after.children_user + after.children_system - before.children_user - before.children_system
 
 
 def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -73,12 +83,13 @@ def ours(spec: str, bits: int, out: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "fewbit.cli.main", "quantize", str(SAMPLE), "--to", f"compressed-tensors:int{bits}-g128-asym",
                "--method", method, "-o", str(out), "--json", "--no-verify", *flags]  # fmt: skip
     started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done, cpu = timed(lambda: subprocess.run(command, capture_output=True, text=True, check=True))
     record = json.loads(done.stdout)
     return {
         "out": out,
         "seconds": record["seconds"],
         "wall": time.perf_counter() - started,
+        "cpu": cpu,
         "peak_mb": record["peak_bytes"] / 1e6,
     }
 
@@ -90,6 +101,7 @@ def main() -> None:
     parser.add_argument("--ours", nargs="*", default=["rtn:absmax", "rtn", "hqq"])
     parser.add_argument("--tokens", type=int, default=12288)
     parser.add_argument("--iters", type=int, default=200)
+    parser.add_argument("--dtype", default="float32", help="that llm-compressor computes in")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/fewbit-peers"))
     parser.add_argument("--keep", action="store_true", help="keep what peers made in the folder, and use what is there")
     given = parser.parse_args()
@@ -103,7 +115,9 @@ def main() -> None:
         made = {}
         for name in given.peers:
             out, tokens = given.folder / f"{name}-{bits}", given.folder / "calibration.npy"
-            made[name] = kept(out.with_suffix(".json"), partial(peer, name, bits, out, tokens, given.iters))
+            made[name] = kept(
+                out.with_suffix(".json"), partial(peer, name, bits, out, tokens, given.iters, given.dtype)
+            )
         for spec in given.ours:
             out = given.folder / f"fewbit-{spec.replace(':', '-').replace(',', '-').replace('=', '-')}-{bits}"
             shutil.rmtree(out, ignore_errors=True)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from fewbit.base.errors import InputError
+from fewbit.math.ranges import magnitudes
 
-_SUMS = ("absmean", "sumsq", "gram", "cross_gram", "out_gram")
+_SUMS = ("absmean", "sumsq", "gram", "cross_gram", "out_gram", "histogram")
+_BY_CHANNEL = ("absmax", "absmean", "sumsq", "gram", "cross_gram")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Stats:
         cross_gram: the same shape, sum of x_float x^T, with x_float the inputs of the float model.
         out_gram: float32 or float64 [outputs, outputs], sum of g g^T with g the gradient of the loss at the outputs of one weight. Unlike the
             rest it belongs to a weight, not to the space, so it is put in (`dataclasses.replace`) when that weight is solved.
+        histogram: float64 [math.ranges.BINS], how many inputs of all channels fall into each bin of magnitude.
     """
 
     count: int = 0
@@ -33,11 +36,12 @@ class Stats:
     gram: torch.Tensor | None = None
     cross_gram: torch.Tensor | None = None
     out_gram: torch.Tensor | None = None
+    histogram: torch.Tensor | None = None
 
     @property
     def channels(self) -> int | None:
-        for part in fields(self)[1:-1]:
-            held = getattr(self, part.name)
+        for name in _BY_CHANNEL:
+            held = getattr(self, name)
             if held is not None:
                 return held.shape[-1]
         return None
@@ -75,6 +79,8 @@ class Stats:
             new["absmean"] = flat.abs().sum(0, dtype=torch.float64)
         if needs & {"sumsq", "importance"}:
             new["sumsq"] = flat.square().sum(0, dtype=torch.float64)
+        if "histogram" in needs:
+            new["histogram"] = magnitudes(flat)
         if "gram" in needs:
             new["gram"] = flat.T @ flat
         if "cross_gram" in needs:
@@ -83,18 +89,32 @@ class Stats:
             new["cross_gram"] = x_float.reshape(flat.shape).float().T @ flat
         return self.merge(Stats(flat.shape[0], **new))
 
-    def take(self, x: torch.Tensor, x_float: torch.Tensor | None = None, *, needs: frozenset[str]) -> Stats:
-        """As `add`, but the grams are summed in place: large ones are then held once, not three times. This one must not be used again."""
+    def take(
+        self,
+        x: torch.Tensor,
+        x_float: torch.Tensor | None = None,
+        *,
+        needs: frozenset[str],
+        roots: torch.Tensor | None = None,
+    ) -> Stats:
+        """As `add`, but the grams are summed in place: large ones are then held once, not three times. This one must not be used again.
+
+        Args:
+            roots: float32 [tokens, 1], square roots of what each token counts in the grams, of mean square one; None for one each.
+        """
         large = needs & {"gram", "cross_gram"}
         found = replace(self, gram=None, cross_gram=None).add(x, x_float, needs=needs - large)
         flat = x.reshape(-1, x.shape[-1]).float()
+        flat = flat if roots is None else flat * roots
         grams: dict[str, torch.Tensor] = {}
         for name, left in (("gram", x), ("cross_gram", x_float)):
             if name not in large:
                 continue
             if left is None:
                 raise InputError("FB-E0703", "cross_gram needs the float model's inputs of the same tokens")
-            other, held = left.reshape(flat.shape).float(), getattr(self, name)
+            other, held = flat, getattr(self, name)
+            if name == "cross_gram":
+                other = left.reshape(flat.shape).float() if roots is None else left.reshape(flat.shape).float() * roots
             grams[name] = other.T @ flat if held is None else held.addmm_(other.T, flat)
         return replace(found, **grams)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,17 +28,20 @@ from fewbit.math.stats import Stats
 from fewbit.plan.calibrated import calibrated_budget
 from fewbit.run.acts import ActStore
 from fewbit.run.answers import MIN_EXPERT_TOKENS, Answers, Found
-from fewbit.run.fisher import OUTPUT, fisher_pass, load_grams
+from fewbit.run.fisher import OUTPUT, TOKENS, fisher_pass, load_grams
 from fewbit.run.hf import Params, Slot
+from fewbit.run.lanes import in_lanes
 from fewbit.run.observe import Observer, StopForward, Use
 from fewbit.run.passes import Stream, collect, kept_bytes, survey
 from fewbit.run.stages import Block, ByExpert, Stage, find_stages, top_up
-from fewbit.run.start import batch_size, block_model, fill, text_for
+from fewbit.run.start import batch_size, block_model, fill, lanes_for, text_for
 from fewbit.run.together import Together, wants
 from fewbit.solve.table import Solved
 
 if TYPE_CHECKING:
     from fewbit.run.engine import Group, _Run
+
+MOST_MATTER = 8.0  # of one token, in averages: gradients of single tokens are drawn labels' luck too
 
 
 class Calibrated:
@@ -56,6 +60,7 @@ class Calibrated:
         self.scratch = run.sinks[0].scratch
         self.room = calibrated_budget(run.plan, run.source.manifest, run.settings.ram, run.settings.workers)
         self.batch = batch_size(self.tokens)
+        self.lanes = lanes_for(run.source, run.settings.device)
 
     # ---- the walk
 
@@ -63,7 +68,8 @@ class Calibrated:
         with contextlib.ExitStack() as stack, torch.no_grad():
             arguments, quantised, floats = self._enter(stack)
             for index in range(self._resume(quantised, floats), len(self.model)):
-                block = Block(self.model, index, arguments[index], self.batch)
+                block = Block(self.model, index, arguments[index], self.batch, self.lanes)
+                self.model.prepare(index, self.lanes)
                 yield from self._block(block, quantised, floats)
                 self._checkpoint(index, quantised, floats)
             yield from self._outside(quantised)
@@ -117,7 +123,7 @@ class Calibrated:
 
         fisher_pass(
             self.model, self.run.source.read, trunk, tokens, tracked, self.scratch, batch=self.batch,
-            seed=self.run.plan.recipe["seed"], spill=self.room.spill, on_block=told,
+            seed=self.run.plan.recipe["seed"], spill=self.room.spill, lanes=self.lanes, on_block=told,
         )  # fmt: skip
 
     def _resume(self, quantised: ActStore, floats: ActStore | None) -> int:
@@ -149,42 +155,53 @@ class Calibrated:
         slots = self._slots(block.index)
         self.answers.grams = load_grams(self.scratch, block.index)
         solved: dict[str, tuple[Slot, Found]] = {}
+        known: dict[str, Stats] = {}
         together = floats is not None and any(
             wants(self.answers.by_tensor[s.name]) for held in slots.values() for s in held
         )
         stages = find_stages(block, params, slots, quantised.get(0)[:1])
         first, second = self._streams(block, stages, params, originals, quantised, floats)
         for number, stage in enumerate(stages):
-            stats = collect(first, second, number, self.needs, self.run._check_stop)
+            names = [slot.name for name in stage.params for slot in slots[name]]
+            stats = collect(first, second, number, self.needs, self.run._check_stop, self._matter(names))
             self._top_up(block, stage, params, quantised, stats)
             for slot, found in self._solve(stage, slots, stats):
                 self.answers.put_back(params, self.model.local(block.index, slot), slot, found[0][1].q)
                 solved[slot.name] = (slot, found if together else [])
+                if together and slot.expert is None and None in stats:
+                    known[slot.name] = replace(stats[None], out_gram=self.answers.grams.get(slot.name), cross_gram=None)
                 for group, piece in [] if together else found:
                     yield from self.answers.assembled(group, slot.name, piece)
         for slot in (slot for held in slots.values() for slot in held if slot.name not in solved):
             yield from self.answers.without_stats(slot.name, "no matrix product of the calibration pass used it")
         if second is not None:
-            second.finish()
+            second.finish(self.run._check_stop)
         if together:
             first.close()
-            yield from self._improve(block, params, quantised, floats, solved)
+            yield from self._improve(block, params, quantised, floats, solved, known)
         else:
-            first.finish()
+            first.finish(self.run._check_stop)
 
     def _improve(
-        self, block: Block, params: Params, quantised: ActStore, wanted: ActStore, solved: dict[str, tuple[Slot, Found]]
+        self,
+        block: Block,
+        params: Params,
+        quantised: ActStore,
+        wanted: ActStore,
+        solved: dict[str, tuple[Slot, Found]],
+        stats: dict[str, Stats],
     ) -> Iterator[tuple[Group, Solved]]:
         """Lets solvers improve the block's answers together, then takes the hidden states through it."""
         metric = self.answers.grams.get(OUTPUT)
-        whole = Together(block, params, quantised, wanted, metric, self.answers)
+        whole = Together(block, params, quantised, wanted, metric, self.answers, stats, self._matter([OUTPUT]))
         found = {name: pieces for name, (_, pieces) in solved.items()}
         whole.improve(found, {name: slot for name, (slot, _) in solved.items()}, self.run._check_stop)
         for name, pieces in found.items():
             for group, piece in pieces:
                 yield from self.answers.assembled(group, name, piece)
-        for batch in range(len(quantised)):
-            quantised.put(batch, block.run(params, quantised.get(batch)))
+        in_lanes(
+            len(quantised), self.lanes, lambda k: quantised.put(k, block.run(params, quantised.get(k))), self.run._check_stop
+        )  # fmt: skip
 
     def _streams(
         self,
@@ -217,6 +234,21 @@ class Calibrated:
         if stage.experts and routers and weight.dim() == 3:
             words = (routers, weight.shape[0], MIN_EXPERT_TOKENS, self.needs)
             self.answers.topped = top_up(block, stage, params, quantised, stats, *words)
+
+    def _matter(self, names: list[str]) -> torch.Tensor | None:
+        """How much each token counts for some weights' products, float32 [sequences, length]: how long the gradients of the loss there are.
+
+        Tokens that the backward pass did not see count one, as the others do on the average.
+        """
+        share = max((o.get("token_weighting", 0.0) for o in self._options()), default=0.0)
+        held = [self.answers.grams[name + TOKENS] for name in names if name + TOKENS in self.answers.grams]
+        if not share or not held:
+            return None
+        found = torch.ones(self.tokens.shape)
+        for one in held:
+            one = one / one.mean().clamp_min(torch.finfo(torch.float32).tiny)
+            found[: len(one)] += share / len(held) * (one.clamp(max=MOST_MATTER) - 1)
+        return found / found.mean()
 
     def _slots(self, index: int) -> dict[str, list[Slot]]:
         """Local parameter name -> the stored tensors in it that are to be solved."""

@@ -6,12 +6,16 @@ GuidedQuant, arXiv 2505.07004). The right factor is the gram that every calibrat
 
 The pass is checkpointed at blocks: the forward pass keeps each block's inputs (on disk when they are large), the backward pass
 recomputes one block at a time. So it needs one block and its graph in memory, like everything else here.
+
+The two factors are not independent: tokens whose loss is settled have small gradients, whatever their inputs are. So the squared length
+of g is kept too, token by token (`TOKENS`): the inputs' gram may then weigh tokens by it (GuidedQuant).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from fewbit.run.acts import ActStore
 from fewbit.run.hf import BlockModel, Params, Read
+from fewbit.run.lanes import in_lanes
 from fewbit.run.observe import Observer, Use
 
 LOGITS = 1 << 24  # logits at once, at least those of one sequence
@@ -27,6 +32,7 @@ MOST_OUTPUTS = 8192  # a gram of more outputs would outweigh everything else in 
 Tracked = dict[str, str]
 """Local parameter name -> stored tensor name."""
 OUTPUT = "block.output"  # stands among the weights for what comes out of the block
+TOKENS = ".tokens"  # after a name: squared length of the gradient at every token, [windows, length]
 
 
 def fisher_pass(
@@ -40,22 +46,23 @@ def fisher_pass(
     batch: int,
     seed: int,
     spill: bool,
+    lanes: int = 1,
     on_block: Callable[[int], None] = lambda index: None,
 ) -> None:
-    """Writes `fisher-<block>.safetensors` into `folder` for every block: stored name (and `OUTPUT`) -> float32 [outputs, outputs].
+    """Writes `fisher-<block>.safetensors` into `folder` for every block: stored name (and `OUTPUT`) -> float32 [outputs, outputs], and with
+    `TOKENS` after the name float32 [windows, length].
 
     Args:
         tokens: int64 [windows, length]. tracked: per block, the matrices wanted. batch: windows per step.
-        spill: keep hidden states on disk. on_block: called after each block of the backward pass.
+        spill: keep hidden states on disk. lanes: batches side by side. on_block: called after each block of the backward pass.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        inputs, kwargs = _forward(model, read, trunk, tokens, folder, batch, spill, stack)
+        inputs, kwargs = _forward(model, read, trunk, tokens, folder if spill else None, batch, lanes, stack)
         gradient = _top(model, trunk, tokens, inputs[-1], seed, folder if spill else None, stack)
         for index in reversed(range(len(model))):
-            grams = _backward(
-                model, index, model.load_block(index, read), kwargs[index], inputs[index], gradient, tracked[index]
-            )
+            params = model.load_block(index, read)
+            grams = _backward(model, index, params, kwargs[index], inputs[index], gradient, tracked[index], lanes)
             inputs[index].close()
             _save(grams, folder / f"fisher-{index}.safetensors")
             on_block(index)
@@ -87,9 +94,9 @@ def _forward(
     read: Read,
     trunk: Params,
     tokens: torch.Tensor,
-    folder: Path,
+    folder: Path | None,
     batch: int,
-    spill: bool,
+    lanes: int,
     stack: contextlib.ExitStack,
 ) -> tuple[list[ActStore], list[dict[str, Any]]]:
     """Inputs of every block and, last, the outputs of the last one."""
@@ -97,7 +104,7 @@ def _forward(
     shape = (tokens.shape[0], tokens.shape[1], entry.hidden.shape[-1])
     recorded = min(batch, tokens.shape[0])
     stores = [
-        _store(shape, model, batch, folder / f"fisher-in-{i}" if spill else None, stack) for i in range(len(model) + 1)
+        _store(shape, model, batch, folder / f"fisher-in-{i}" if folder else None, stack) for i in range(len(model) + 1)
     ]
     with torch.no_grad():
         for number in range(len(stores[0])):
@@ -105,10 +112,14 @@ def _forward(
             stores[0].put(number, model.enter(trunk, tokens[start:stop]).hidden)
         for index in range(len(model)):
             params = model.load_block(index, read)
-            for number in range(len(stores[0])):
+            model.prepare(index, lanes)
+
+            def work(number: int, index: int = index, params: Params = params) -> None:
                 hidden = stores[index].get(number).to(model.device)
                 arguments = model.arguments(entry.kwargs[index], recorded, hidden.shape[0])
                 stores[index + 1].put(number, model.run_block(index, params, hidden, arguments))
+
+            in_lanes(len(stores[0]), lanes, work)
     return stores, entry.kwargs
 
 
@@ -160,27 +171,45 @@ def _backward(
     inputs: ActStore,
     gradient: ActStore,
     tracked: Tracked,
+    lanes: int,
 ) -> dict[str, torch.Tensor]:
     """Grams of one block's outputs; `gradient` is turned into the gradient at the block's inputs."""
-    grams: dict[str, torch.Tensor] = {}
-
-    def watch(use: Use, product: torch.Tensor) -> None:
-        if use.expert is None and product.requires_grad and product.shape[-1] <= MOST_OUTPUTS:
-            product.register_hook(lambda g: _add(grams, tracked[use.param], g))
-
+    sums: list[dict[str, torch.Tensor]] = [{} for _ in range(lanes)]
     recorded = min(inputs.batch, inputs.shape[0])
-    for number in range(len(inputs)):
+    model.prepare(index, lanes)
+
+    def work(number: int) -> None:
+        grams = sums[number % lanes]
+
+        def watch(use: Use, product: torch.Tensor) -> None:
+            if use.expert is None and product.requires_grad and product.shape[-1] <= MOST_OUTPUTS:
+                product.register_hook(partial(_add, grams, tracked[use.param], inputs, number))
+
         hidden = inputs.get(number).to(model.device).clone().requires_grad_(True)
         arguments = model.arguments(kwargs, recorded, hidden.shape[0])
         with torch.enable_grad(), Observer({name: params[name] for name in tracked}, on_output=watch):
             out = model.run_block(index, params, hidden, arguments)
         slope = gradient.get(number).to(model.device)
         if slope.shape[-1] <= MOST_OUTPUTS:
-            _add(grams, OUTPUT, slope)
+            _add(grams, OUTPUT, inputs, number, slope)
         gradient.put(number, torch.autograd.grad(out, hidden, slope)[0])
-    return {name: gram.cpu() for name, gram in grams.items()}
+
+    in_lanes(len(inputs), lanes, work)
+    whole = sums[0]
+    for more in sums[1:]:
+        for name, gram in more.items():
+            whole[name] = whole[name] + gram if name in whole else gram
+    return {name: gram.cpu() for name, gram in whole.items()}
 
 
-def _add(grams: dict[str, torch.Tensor], name: str, gradient: torch.Tensor) -> None:
+def _add(grams: dict[str, torch.Tensor], name: str, like: ActStore, batch: int, gradient: torch.Tensor) -> None:
+    """Adds a batch's gradients to a gram, and notes their lengths where there is one for every token."""
     flat = gradient.detach().flatten(0, -2).float()
-    grams[name] = grams[name] + flat.T @ flat if name in grams else flat.T @ flat
+    if name in grams:
+        grams[name].addmm_(flat.T, flat)
+    else:
+        grams[name] = flat.T @ flat
+    start, stop = like.span(batch)
+    if len(flat) == (stop - start) * like.shape[1]:
+        tokens = grams.setdefault(name + TOKENS, flat.new_zeros(like.shape[:2]))
+        tokens[start:stop] = flat.square().sum(1).view(stop - start, -1)

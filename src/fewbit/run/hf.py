@@ -17,6 +17,7 @@ tensor is. Only this file and `runtime` import transformers.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from torch import nn
 
 from fewbit.base.errors import InputError
 from fewbit.base.manifest import Manifest
+from fewbit.run.lanes import lane
 
 Read = Callable[[str], torch.Tensor]
 Params = dict[str, torch.Tensor]
@@ -142,6 +144,8 @@ class BlockModel:
         for slot in self.slots.values():
             self._by_param.setdefault(slot.param, []).append(slot)
         self._tied = _tied(self.module)
+        self._copies: dict[int, nn.Module] = {}
+        self._copied = -1
         self._check_complete()
 
     def __len__(self) -> int:
@@ -229,9 +233,16 @@ class BlockModel:
         """A block's arguments for `batch` sequences, from those that were recorded with `recorded` sequences."""
         return kwargs if batch == recorded else {name: _cut(value, recorded, batch) for name, value in kwargs.items()}
 
+    def prepare(self, index: int, lanes: int) -> None:
+        """Makes the modules with which lanes beside the first run a block: a call puts parameters into its module for as long as it lasts."""
+        if self._copied != index or len(self._copies) < lanes - 1:
+            self._copies = {number: copy.deepcopy(self.blocks[index]) for number in range(1, lanes)}
+            self._copied = index
+
     def run_block(self, index: int, params: Params, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        """One block on hidden states [batch, length, width] with the given parameters."""
-        out = torch.func.functional_call(self.blocks[index], params, (hidden,), kwargs, tie_weights=False, strict=True)
+        """One block on hidden states [batch, length, width] with the given parameters; in a lane, by the lane's own module (see `prepare`)."""
+        module = self._copies[lane()] if lane() else self.blocks[index]
+        out = torch.func.functional_call(module, params, (hidden,), kwargs, tie_weights=False, strict=True)
         return out[0] if isinstance(out, tuple) else out
 
     @contextmanager

@@ -15,6 +15,7 @@ with NaN in their place and compares. What does not pass is kept; a block with e
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,12 +25,16 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from fewbit.base.errors import InputError
+from fewbit.math.linalg import solve_damped
 from fewbit.math.stats import Stats
 from fewbit.run.acts import ActStore
 from fewbit.run.hf import Params
+from fewbit.run.lanes import in_lanes
 from fewbit.run.observe import Observer, StopForward, Use
 from fewbit.run.stages import Block, ByExpert, Stage
 
+DAMPING = 0.003  # share of the mean diagonal in the regression of the float model's inputs on the quantised model's
 Run = Callable[[torch.Tensor], torch.Tensor]
 """A block with its parameters and arguments, on hidden states [sequences, length, width]."""
 
@@ -250,7 +255,8 @@ class Stream:
             files,
         )
         self.stage_of = {param: k for k, stage in enumerate(stages) for param in stage.params}
-        self.done = 0  # batches that were run to the end
+        self.left = set(range(len(hidden)))  # batches that were not run to the end
+        self.lock = threading.Lock()
         self.stores: dict[tuple[int, str], ActStore] = {}
         """(stage, "" for its inputs or the parameter whose products they are)"""
 
@@ -277,15 +283,24 @@ class Stream:
             self._keep(stage, "", batch, found[None])
         return found
 
-    def finish(self) -> None:
+    def forget(self, stage: int) -> None:
+        """Frees inputs that no pass from this stage on asks for."""
+        for key in [key for key in self.stores if not key[1] and key[0] < stage - 1]:
+            self.stores.pop(key).close()
+
+    def finish(self, check_stop: Callable[[], None] = lambda: None) -> None:
         """Runs what is left to the end of the block; outputs take the place of the inputs."""
         last = len(self.stages)
 
-        def feed(use: Use) -> torch.Tensor | None:
-            return self._fed(last - 1, batch, use) if self.kept and self.stage_of[use.param] == last - 1 else None
+        def run(batch: int) -> None:
+            def feed(use: Use) -> torch.Tensor | None:
+                return self._fed(last - 1, batch, use) if self.kept and self.stage_of[use.param] == last - 1 else None
 
-        for batch in range(self.done, len(self.hidden)):
             self._put(batch, self._pass(last, batch, feed))
+
+        self.forget(last)
+        left = sorted(self.left)
+        in_lanes(len(left), self.block.lanes, lambda number: run(left[number]), check_stop)
         self.close()
 
     def close(self) -> None:
@@ -296,12 +311,10 @@ class Stream:
 
     def _put(self, batch: int, out: torch.Tensor) -> None:
         self.hidden.put(batch, out)
-        self.done = batch + 1
+        self.left.discard(batch)
 
     def _pass(self, stage: int, batch: int, on_use: Callable[[Use], torch.Tensor | None]) -> torch.Tensor:
         """Run the block; products of stages before `stage - 1` are answered from what is kept."""
-        for key in [key for key in self.stores if not key[1] and key[0] < stage - 1]:
-            self.stores.pop(key).close()  # inputs that no pass from here on asks for
         tracked = {param: self.params[param] for param in self.stage_of}
         if self.kept is None:
             with Observer(tracked, on_use):
@@ -331,41 +344,110 @@ class Stream:
 
     def _keep(self, stage: int, param: str, batch: int, value: torch.Tensor) -> None:
         start, stop = self.hidden.span(batch)
-        if (stage, param) not in self.stores:
-            shape = (*self.hidden.shape[:2], value.shape[-1])
-            path = None if self.files is None else self.files.with_name(f"{self.files.name}-{stage}-{param}.live")
-            self.stores[stage, param] = ActStore(shape, self.hidden.dtype, self.hidden.batch, path)
+        with self.lock:
+            if (stage, param) not in self.stores:
+                shape = (*self.hidden.shape[:2], value.shape[-1])
+                path = None if self.files is None else self.files.with_name(f"{self.files.name}-{stage}-{param}.live")
+                self.stores[stage, param] = ActStore(shape, self.hidden.dtype, self.hidden.batch, path)
         self.stores[stage, param].put(batch, value.reshape(stop - start, self.hidden.shape[1], -1))
 
 
 def collect(
-    quantised: Stream, floats: Stream | None, stage: int, needs: frozenset[str], check_stop: Callable[[], None]
+    quantised: Stream,
+    floats: Stream | None,
+    stage: int,
+    needs: frozenset[str],
+    check_stop: Callable[[], None],
+    matter: torch.Tensor | None = None,
 ) -> ByExpert:
     """Statistics of a stage's inputs over all sequences.
 
     Args:
         quantised, floats: the two streams; the second may hold the first sequences only, or be None where no solver asks for `cross_gram`.
+        matter: float32 [sequences, length], mean one: how much each token counts in the grams, or None. Not used where experts divide the tokens.
     """
-    stats: ByExpert = {}
-    paired = floats is not None and not quantised.stages[stage].experts  # experts see other tokens in the two streams
-    moved, tokens, last = None, 0, stage + 1 == len(quantised.stages)
-    for batch in range(len(quantised.hidden)):
-        check_stop()
-        other: dict[int | None, torch.Tensor] = {}
-        if paired and batch < len(floats.hidden):
-            other = floats.inputs(stage, batch, finish=last)
+    lanes, last = quantised.block.lanes, stage + 1 == len(quantised.stages)
+    plain = not quantised.stages[stage].experts  # experts see other tokens in the two streams
+    sums: list[ByExpert] = [{} for _ in range(lanes)]
+    drifts = [Drift() for _ in range(lanes)]
+    paired = len(floats.hidden) if plain and floats is not None else 0
+    for stream in (quantised, floats):
+        if stream is not None:
+            stream.forget(stage)
+
+    def work(batch: int) -> None:
+        stats, drift = sums[batch % lanes], drifts[batch % lanes]
+        start, stop = quantised.hidden.span(batch)
+        other = floats.inputs(stage, batch, finish=last) if batch < paired else {}
         for expert, x in quantised.inputs(stage, batch).items():
-            stats[expert] = stats.get(expert, Stats()).take(x, needs=needs - {"cross_gram"})
-            if expert in other:  # the difference of the streams, summed as such: it is small beside either
-                true = other[expert].reshape(-1, x.shape[-1]).float()
-                flat = x.reshape(-1, x.shape[-1])[: true.shape[0]].float()
-                missing = true - flat
-                moved = missing.T @ flat if moved is None else moved.addmm_(missing.T, flat)
-                tokens += flat.shape[0]
-    if moved is not None and "cross_gram" in needs:
-        found = stats[None]
-        stats[None] = replace(found, cross_gram=moved.mul_(found.count / tokens).add_(found.gram))
+            roots = matter[start:stop].reshape(-1, 1).sqrt() if matter is not None and plain else None
+            stats[expert] = stats.get(expert, Stats()).take(x, needs=needs - {"cross_gram"}, roots=roots)
+            if expert in other:
+                last_pair = batch + lanes >= paired and floats.hidden.shape[0] < quantised.hidden.shape[0]
+                drift.add(other[expert], x, roots, stats[expert].gram if last_pair else None)
+
+    in_lanes(len(quantised.hidden), lanes, work, check_stop)
+    stats = sums[0]
+    for more in sums[1:]:
+        for expert, one in more.items():
+            stats[expert] = stats[expert].merge(one) if expert in stats else one
+    if paired and "cross_gram" in needs:
+        stats[None] = replace(stats[None], cross_gram=Drift.together(drifts).cross(stats[None].gram))
     return stats
+
+
+class Drift:
+    """What the float model's inputs have more than the quantised model's, summed against the latter over the tokens of both streams.
+
+    Attributes:
+        moved: [channels, channels], sum of (x_float - x) x^T; gram: sum of x x^T over the same tokens, None when they are all tokens.
+    """
+
+    def __init__(self) -> None:
+        self.moved: torch.Tensor | None = None
+        self.gram: torch.Tensor | None = None
+
+    @classmethod
+    def together(cls, parts: list[Drift]) -> Drift:
+        """The sums of several, which are used up."""
+        whole = parts[0]
+        for part in parts[1:]:
+            if part.moved is not None:
+                whole.moved = part.moved if whole.moved is None else whole.moved.add_(part.moved)
+            if part.gram is not None:
+                whole.gram = part.gram if whole.gram is None else whole.gram.add_(part.gram)
+        return whole
+
+    def add(
+        self, true: torch.Tensor, x: torch.Tensor, roots: torch.Tensor | None, gram: torch.Tensor | None = None
+    ) -> None:
+        """Adds a batch, of which the float stream may hold the first tokens only; the difference of the streams is summed as such, for it is
+        small beside either.
+
+        Args:
+            gram: the sum of x x^T up to this batch, where it is the last but other tokens follow.
+        """
+        flat = x.reshape(-1, x.shape[-1]).float()
+        flat = flat if roots is None else flat * roots
+        missing = true.reshape(-1, x.shape[-1]).float()
+        count = len(missing)
+        missing = (missing if roots is None else missing * roots[:count]) - flat[:count]
+        part = flat[:count]
+        self.moved = missing.T @ part if self.moved is None else self.moved.addmm_(missing.T, part)
+        if gram is not None:
+            self.gram = gram.clone()
+            if count < len(flat):
+                self.gram.addmm_(flat[count:].T, flat[count:], alpha=-1)
+
+    def cross(self, gram: torch.Tensor) -> torch.Tensor:
+        """The cross-gram that goes with the gram of all tokens: the regression of the float model's inputs on the others is that of these tokens."""
+        if self.gram is None:
+            return self.moved.add_(gram)
+        try:
+            found, _ = solve_damped(self.gram, self.moved, DAMPING)
+        except InputError:  # nothing to regress on: no drift to speak of
+            return gram.clone()
+        return (found @ gram).add_(gram)
 
 
 def kept_bytes(kept: list[Kept], tokens: int, itemsize: int) -> int:

@@ -38,12 +38,14 @@ class Block:
 
     Attributes:
         kwargs: arguments recorded with `recorded` sequences.
+        lanes: batches that are run side by side.
     """
 
     model: BlockModel
     index: int
     kwargs: dict[str, Any]
     recorded: int
+    lanes: int = 1
 
     def run(self, params: Params, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [batch, length, width] after the block with the given parameters."""

@@ -11,6 +11,7 @@ from fewbit.plan.calibrated import BATCH_TOKENS, is_big
 from fewbit.run.acts import ActStore
 from fewbit.run.calib import Calibration, calibration
 from fewbit.run.hf import BlockModel, Params
+from fewbit.run.lanes import LANES
 from fewbit.run.source import Source
 
 if TYPE_CHECKING:
@@ -21,6 +22,11 @@ def block_model(source: Source, device: str) -> BlockModel:
     """The model of a source, in bfloat16 where it is big."""
     dtype = torch.bfloat16 if is_big(source.manifest) else torch.float32
     return BlockModel(source.config, source.manifest, dtype=dtype, device=device)
+
+
+def lanes_for(source: Source, device: str) -> int:
+    """Batches that are run side by side: of a small model on the CPU two, whose sums are small; a big one keeps all cores busy by itself."""
+    return 1 if device != "cpu" or is_big(source.manifest) else LANES
 
 
 def text_for(source: Source, recipe: dict[str, Any], sink: Sink) -> Calibration:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fewbit.math.stats import Stats
 from fewbit.run.acts import ActStore
 from fewbit.run.answers import Answers, Found
 from fewbit.run.hf import Params, Slot
@@ -32,6 +33,8 @@ class Together:
         quantised: inputs of the block in the quantised model; wanted: outputs of the float block in the
             float model, perhaps of the first sequences only.
         metric: float32 [width, width], gram of the loss gradients at the block's outputs, or None.
+        stats: stored name of a weight -> the statistics that it was solved with, as far as they were kept.
+        matter: float32 [sequences, length], mean one: how much each token of the block's output counts, or None.
     """
 
     def __init__(
@@ -42,8 +45,11 @@ class Together:
         wanted: ActStore,
         metric: torch.Tensor | None,
         answers: Answers,
+        stats: Mapping[str, Stats],
+        matter: torch.Tensor | None = None,
     ) -> None:
         self.block, self.params, self.quantised, self.wanted, self.answers = block, params, quantised, wanted, answers
+        self.stats, self.matter = stats, matter
         self.metric = None if metric is None else _damped(metric)
 
     def improve(self, found: dict[str, Found], slots: Mapping[str, Slot], check_stop: Callable[[], None]) -> None:
@@ -91,6 +97,7 @@ class Together:
             seed=self.answers.seed + self.block.index,
             options=self.answers.run.options_all(job),
             check_stop=check_stop,
+            stats={name: self.stats[name] for name in todo if name in self.stats},
         )
         for name, at in todo.items():
             group, old = found[name][at]
@@ -121,6 +128,9 @@ class Together:
         wanted = self.wanted.get(batch).to(self.block.model.device)
         error = (self.block.run(trial, self.quantised.get(batch)[: wanted.shape[0]]) - wanted).float().flatten(0, -2)
         moved = error if self.metric is None else error @ self.metric
+        if self.matter is not None:
+            start, stop = self.wanted.span(batch)
+            moved = moved * self.matter[start:stop].reshape(-1, 1)
         return (moved * error).sum() / error.shape[0]
 
 

@@ -324,6 +324,7 @@ SOLVER = Solver(
         "drift_samples": 128,
         "loss_weighting": True,
         "loss_samples": 64,
+        "token_weighting": 0.0,
         "damping": 0.01,
         "outer_damping": 0.05,
         "plain": False,
