@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,7 @@ from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import Scheme
 from fewbit.run.hf import Params, Slot
 from fewbit.run.stages import ByExpert
-from fewbit.run.static import with_inputs
+from fewbit.run.static import Reach, with_inputs
 from fewbit.solve.table import SOLVERS, Solved
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Answers:
 
     def __init__(self, groups: list[Group], run: _Run, device: torch.device) -> None:
         self.run, self.device = run, device
-        self.seed = run.plan.recipe["seed"]
+        self.seed, self.reach = run.plan.recipe["seed"], Reach.of(run.plan.recipe)
         self.known = facts(run.source.manifest, run.source.config)
         self.by_tensor: dict[str, list[Group]] = {}
         for group in groups:
@@ -97,11 +98,9 @@ class Answers:
         if weight.dim() == 3 and slot.expert is None and set(stats) != {None}:
             parts = [self._one(job, weight[e], stats.get(e), e) for e in range(weight.shape[0])]
             assert job.scheme is not None
-            seen = [one.absmax.max() for one in stats.values() if one.absmax is not None]
-            largest = Stats(absmax=torch.stack(seen)) if seen else None
-            q = with_inputs(
-                stack_experts(job.scheme, tuple(weight.shape), [part.q for part in parts]), job.scheme, largest
-            )
+            seen = [Stats(one.count, absmax=one.absmax, histogram=one.histogram) for one in stats.values()]
+            stacked = stack_experts(job.scheme, tuple(weight.shape), [part.q for part in parts])
+            q = with_inputs(stacked, job.scheme, reduce(Stats.merge, seen, Stats()), self.reach)
             return Solved(
                 q, sum(part.loss for part in parts), tuple(dict.fromkeys(n for part in parts for n in part.notes))
             )
@@ -115,7 +114,9 @@ class Answers:
         try:
             if count < (1 if expert is None else MIN_EXPERT_TOKENS):
                 fallback = SOLVERS["rtn"](weight, None, job.scheme, seed=self.seed)
-                return replace(fallback, notes=(f"{where}fallback to rtn, only {count} calibration tokens reached it",))
+                q = with_inputs(fallback.q, job.scheme, stats, self.reach)
+                why = f"{where}fallback to rtn, only {count} calibration tokens reached it"
+                return replace(fallback, q=q, notes=(why,))
             missing = [need for need in solver.needs if getattr(stats, need, None) is None]
             if missing == ["cross_gram"] and stats is not None:
                 stats = replace(stats, cross_gram=stats.gram)  # no second stream here: no drift to correct
@@ -131,7 +132,8 @@ class Answers:
             counted = (f"{where}{self.topped[expert]} calibration tokens, topped up to {count} by tokens sent to it",)
         elif expert is not None:
             counted = (f"{where}{count} calibration tokens",)
-        return replace(found, q=with_inputs(found.q, job.scheme, stats), notes=(*counted, *found.notes))
+        q = with_inputs(found.q, job.scheme, stats, self.reach)
+        return replace(found, q=q, notes=(*counted, *found.notes))
 
 
 def stack_experts(scheme: Scheme, shape: tuple[int, ...], parts: list[QTensor]) -> QTensor:

@@ -6,7 +6,9 @@ tensors, so it can be saved with safetensors and loaded on another device.
 
 from __future__ import annotations
 
+import itertools
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +17,9 @@ import torch
 from torch import nn
 
 from fewbit.base.errors import InputError
+from fewbit.math.rounding import round_levels
 from fewbit.math.scales import Search, quantize
+from fewbit.num.blocks import TENSOR
 from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import parse_scheme
 from fewbit.runtime.kernels.packed import transposed_matmul
@@ -51,6 +55,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.bias = None if bias is None else bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, False)
         self.threshold = float(threshold)
+        self._register()
         self._hold(q, dtype, kernel)
 
     def _hold(self, q: QTensor, dtype: torch.dtype, kernel: str | None = None) -> None:
@@ -94,13 +99,25 @@ class QuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] of any float dtype -> [..., out_features] of the same."""
         flat = x.reshape(-1, self.in_features)
-        grad = torch.is_grad_enabled() and flat.requires_grad
-        out = _Frozen.apply(flat, self) if grad else self.product(flat)
+        if torch.is_grad_enabled() and flat.requires_grad:
+            out = _Frozen.apply(flat, self)
+        elif torch.compiler.is_compiling():
+            out = product_of(flat, self.handle)
+        else:
+            out = self.product(flat)
         if self.bias is not None:
             out = out + self.bias.to(out.dtype)
         return out.reshape(*x.shape[:-1], self.out_features)
 
-    @torch.compiler.disable  # kernels are not traced: a compiled model calls them as they are
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._register()  # a copy is a layer of its own
+
+    def _register(self) -> None:
+        self.handle = next(_HANDLES)
+        _LAYERS[self.handle] = self
+
+    @torch.compiler.disable  # kernels are not traced
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x [tokens, in_features] @ w.T, sides undone, without bias."""
         held = self._buffers
@@ -126,6 +143,10 @@ class QuantLinear(nn.Module):
         inner = self.scheme.activation
         if inner is None or not x.numel():
             return x
+        fixed = self._buffers.get("side_input_scale")
+        if self.scheme.static and fixed is not None and inner.blocks == TENSOR:  # what lies beyond the range is clipped
+            scale = fixed.float().reshape(())
+            return (round_levels(inner.grid, x.float() / scale) * scale).to(x.dtype)
         return quantize(inner, x.float(), search=Search("absmax")).dequantize(x.dtype)
 
     def input_gradient(self, dy: torch.Tensor) -> torch.Tensor:
@@ -179,6 +200,21 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"scheme={self.scheme}, kernel={self.layout.name}, {bits:.3f} bits per weight in memory"
         )
+
+
+_HANDLES = itertools.count()
+_LAYERS: weakref.WeakValueDictionary[int, QuantLinear] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("fewbit::product", mutates_args=())
+def product_of(x: torch.Tensor, handle: int) -> torch.Tensor:
+    """`QuantLinear.product` of the layer with a handle, as one node of a compiled graph: no break, and the kernel runs as it is."""
+    return _LAYERS[handle].product(x)
+
+
+@product_of.register_fake
+def _(x: torch.Tensor, handle: int) -> torch.Tensor:
+    return x.new_empty(x.shape[0], _LAYERS[handle].out_features)
 
 
 class _Frozen(torch.autograd.Function):
