@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
+from fewbit.math.kernels import planes
+
 Parts = dict[str, np.ndarray]
 """Name as in `QTensor.named_parts` -> entries [blocks, entries per block]: codes, scale.codes, scale.scale …"""
 
@@ -20,16 +22,31 @@ class Codec:
     unpack: Callable[[np.ndarray], Parts]
 
 
-def pack_planes(codes: np.ndarray, bits: int, width: int, first: int = 0, offset: int = 0) -> np.ndarray:
-    """Lay codes over each other: of 8 / bits runs of `width` codes, the first takes the low bits of `width` bytes, and so on.
+@dataclass(frozen=True)
+class Planes:
+    """Codes laid over each other: of 8 / bits runs of `width` codes, the first takes the low bits of `width` bytes, and so on.
 
-    codes: uint8 or int8 [blocks, n], n a multiple of width * 8 / bits. Of each code plus `offset`, the `bits` bits from bit `first` up are
-    packed. Returns uint8 [blocks, n * bits / 8].
+    Attributes:
+        codes: uint8 or int8 [blocks, n], n a multiple of width * 8 / bits.
+        bits, first: of each code, the `bits` bits from bit `first` up.
+        flip: bits turned over before that: signed codes of b bits plus 2^(b - 1) are the same codes with their highest bit turned over.
     """
-    packed = np.empty((len(codes), codes.shape[1] * bits // 8), np.uint8)
-    flat = np.ascontiguousarray(codes).view(np.uint8).reshape(-1)
-    _pack(flat, bits, width, np.uint8(first), np.uint8(offset), packed.reshape(-1))
-    return packed
+
+    codes: np.ndarray
+    bits: int
+    width: int
+    first: int = 0
+    flip: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one block."""
+        return self.codes.shape[1] * self.bits // 8
+
+
+def pack_planes(codes: np.ndarray, bits: int, width: int, first: int = 0, offset: int = 0) -> Planes:
+    """`Planes` of codes plus `offset`, which is 0 or half of what the codes reach over."""
+    return Planes(np.ascontiguousarray(codes).view(np.uint8), bits, width, first, offset)
 
 
 def unpack_planes(packed: np.ndarray, bits: int, width: int) -> np.ndarray:
@@ -37,19 +54,6 @@ def unpack_planes(packed: np.ndarray, bits: int, width: int) -> np.ndarray:
     codes = np.empty((len(packed), packed.shape[1] * 8 // bits), np.uint8)
     _unpack(np.ascontiguousarray(packed).reshape(-1), bits, width, codes.reshape(-1))
     return codes
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _pack(codes: np.ndarray, bits: int, width: int, first: int, offset: int, packed: np.ndarray) -> None:
-    planes, mask = 8 // bits, np.uint8((1 << bits) - 1)
-    for run in range(packed.size // width):
-        to, source = run * width, run * width * planes
-        for i in range(width):
-            packed[to + i] = (np.uint8(codes[source + i] + offset) >> first) & mask
-        for plane in range(1, planes):
-            shift, start = np.uint8(plane * bits), source + plane * width
-            for i in range(width):
-                packed[to + i] |= np.uint8(((np.uint8(codes[start + i] + offset) >> first) & mask) << shift)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -95,9 +99,25 @@ def as_dtype(data: np.ndarray, dtype: str) -> np.ndarray:
     return np.ascontiguousarray(data).view(dtype).reshape(len(data), data.shape[1] // np.dtype(dtype).itemsize)
 
 
-def join(*fields: np.ndarray) -> np.ndarray:
+def join(*fields: np.ndarray | Planes) -> np.ndarray:
     """The fields of a block one after another, uint8 [blocks, bytes]."""
-    return np.concatenate([as_bytes(field) for field in fields], axis=1)
+    ready = [field if isinstance(field, Planes) else as_bytes(field) for field in fields]
+    sizes = [field.nbytes if isinstance(field, Planes) else field.shape[1] for field in ready]
+    stride = sum(sizes)
+    first = ready[0].codes if isinstance(ready[0], Planes) else ready[0]
+    blocks = np.empty((len(first), stride), np.uint8)
+    out, at = blocks.reshape(-1), 0
+    for field, size in zip(ready, sizes, strict=True):
+        if not isinstance(field, Planes):
+            planes.place(field.reshape(-1), size, out, at, stride)
+        elif (field.bits, field.width) == (1, 1):
+            words = field.codes.reshape(-1).view(np.uint64)
+            planes.pack_single_bits(words, np.uint64(field.first), np.uint64(field.flip), size, out, at, stride)
+        else:
+            codes, first, flip = field.codes, np.uint8(field.first), np.uint8(field.flip)
+            planes.pack_planes(codes.reshape(-1), field.bits, field.width, first, flip, codes.shape[1], out, at, stride)
+        at += size
+    return blocks
 
 
 def split(blocks: np.ndarray, *sizes: int) -> list[np.ndarray]:

@@ -11,6 +11,9 @@ Minimises the importance-weighted squared error of the weights as decoded:
 
 IQ1's levels -1, 0, 1 lie 1/8 higher or lower by a bit for each block (IQ1_S) or code (IQ1_M); the bit is chosen as in step 1, at every scale
 anew.
+
+All of a super-block is lanes: lane n holds codes 2 n and 2 n + 1, that is, a whole block of 16 weights or half of one of 32. Numbers that belong
+to a block stand in all its lanes, so sums over a super-block count blocks of 32 twice, which no quotient notices.
 """
 
 from __future__ import annotations
@@ -20,8 +23,13 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit, prange
 
-from fewbit.math.kernels.kquants_tiles import F, growth, inverse, round_f16
-from fewbit.math.kernels.vectors import load_codes, loose_errors, nearest_vectors
+from fewbit.math.kernels.kquants_tiles import F, growth, inverse, inverses, round_f16
+from fewbit.math.kernels.lanes import higher, load, lower, neighbour, rint, splat, store, total, where_greater
+from fewbit.math.kernels.vectors import load_super, loose_errors, nearest_vectors
+
+# rows of the scratch array, one float32 per lane each
+_VARIANT, _VECTORS, _IDEAL, _BEND, _K = (16 * row for row in (0, 2, 4, 5, 6))
+SCRATCH = 16 * 7
 
 
 class Layout(NamedTuple):
@@ -35,151 +43,182 @@ class Layout(NamedTuple):
     top: int
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def _loose(target, weight, codebook, layout, scale, loose, variant, block_error):
-    """Errors of blocks with every magnitude on its own nearest level, each shift unit taking the better variant."""
-    shifts, per_shift, per_block = codebook.shifts, layout.per_shift, layout.per_block
-    for v in range(shifts.size):
-        for tile in range(2):
-            loose_errors(target, weight, tile, scale, codebook.levels, shifts[v], loose, v * 32 + tile * 16)
-    block_error[:] = F(0)
-    for first in range(0, 32, per_shift):
-        least, chosen = F(np.inf), 0
-        for v in range(shifts.size):
-            total = F(0)
-            for code in range(v * 32 + first, v * 32 + first + per_shift):
-                total += loose[code]
-            if total < least:
-                least, chosen = total, v
-        for code in range(first, first + per_shift):
-            variant[code] = chosen
-        block_error[first // per_block] += least
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _blockwise(even, odd, layout):
+    """Sums over blocks of numbers of codes 2 n and 2 n + 1, in all lanes of a block."""
+    both = even + odd
+    return both if layout.per_block == 2 else both + neighbour(both)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _start(target, weight, codebook, layout, ladder, scale, loose, variant, block_error, ideal, bend):
-    """Step 1: the scale of every block on its own, to `ideal`, and how its error bends with it."""
-    blocks, per_block = ideal.size, layout.per_block
-    bend[:] = F(0)
-    spread, best = np.zeros(blocks, np.float32), np.empty(blocks, np.float32)
-    for code in range(32):
-        at, block = code // 16 * 128 + code % 16, code // per_block
-        for j in range(8):
-            x = target[at + j * 16]
-            spread[block] = max(spread[block], abs(x))
-            bend[block] += weight[at + j * 16] * x * x
-    best[:] = F(np.inf)
-    ideal[:] = F(0)
+def _loose(target, weight, codebook, layout, scale, s):
+    """Errors of blocks with every magnitude on its own nearest level, each shift unit taking the better variant (left in `s`)."""
+    levels, shifts = codebook.levels, codebook.shifts
+    a = loose_errors(target, weight, 0, scale, levels, shifts[0])
+    b = loose_errors(target, weight, 1, scale, levels, shifts[0])
+    if shifts.size == 1:
+        return _blockwise(a, b, layout)
+    c = loose_errors(target, weight, 0, scale, levels, shifts[1])
+    d = loose_errors(target, weight, 1, scale, levels, shifts[1])
+    zero, one = splat(F(0)), splat(F(1))
+    if layout.per_shift == 1:
+        store(s, _VARIANT, where_greater(a, c, one, zero))
+        store(s, _VARIANT + 16, where_greater(b, d, one, zero))
+        return _blockwise(lower(c, a), lower(d, b), layout)
+    low, high = _blockwise(a, b, layout), _blockwise(c, d, layout)
+    chosen = where_greater(low, high, one, zero)
+    store(s, _VARIANT, chosen)
+    store(s, _VARIANT + 16, chosen)
+    return lower(high, low)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _start(target, weight, codebook, layout, ladder, s):
+    """Step 1: the scale of every block on its own, and how its error bends with it."""
+    zero = splat(F(0))
+    spread, bend = zero, zero
+    for row in range(0, 256, 16):
+        x = load(target, row)
+        spread = higher(spread, higher(x, zero - x))
+        bend = bend + load(weight, row) * x * x
+    if layout.per_block == 4:
+        spread, bend = higher(spread, neighbour(spread)), bend + neighbour(bend)
+    best, ideal = splat(F(np.inf)), zero
     for c in range(ladder.size):
-        for code in range(32):
-            scale[code] = ladder[c] * spread[code // per_block]
-        _loose(target, weight, codebook, layout, scale, loose, variant, block_error)
-        for block in range(blocks):
-            if block_error[block] < best[block]:
-                best[block], ideal[block] = block_error[block], ladder[c] * spread[block]
-    for block in range(blocks):
-        bend[block] *= inverse(ideal[block] * ideal[block])
+        scale = splat(ladder[c]) * spread
+        error = _loose(target, weight, codebook, layout, scale, s)
+        ideal, best = where_greater(best, error, scale, ideal), lower(error, best)
+    store(s, _IDEAL, ideal)
+    store(s, _BEND, bend * inverses(ideal * ideal))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _aligned(ideal, bend, top):
+def _aligned(s, top):
     """The super-scale whose odd multiples are nearest to the scales of all blocks.
 
-    bend: sum h x^2 of a block over its scale squared: a scale that is wrong by a relative r adds about r^2 of the block's energy to its error.
+    `_BEND` is sum h x^2 of a block over its scale squared: a scale that is wrong by a relative r adds about r^2 of the block's energy to its error.
     """
-    start, chosen, least = ideal.max() / F(2 * top + 1), F(0), F(np.inf)
-    most = F(top)
+    ideal, bend, highest = load(s, _IDEAL), load(s, _BEND), F(0)
+    for n in range(16):
+        highest = max(highest, s[_IDEAL + n])
+    start, chosen, least = highest / F(2 * top + 1), F(0), F(np.inf)
     for step in range(13):
-        d, total = start * (F(0.84) + F(0.04) * F(step)), F(0)
-        by = F(0.5) * inverse(d)
-        for block in range(ideal.size):
-            k = min(max(np.rint(ideal[block] * by - F(0.5)), F(0)), most)
-            away = d * (F(2) * k + F(1)) - ideal[block]
-            total += bend[block] * away * away
-        if total < least:
-            least, chosen = total, d
+        d = start * (F(0.84) + F(0.04) * F(step))
+        away = splat(d) * _odd(_nearest_odd(ideal, d, top)) - ideal
+        error = total(bend * away * away)
+        if error < least:
+            least, chosen = error, d
     return round_f16(chosen)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def _evaluate(
-    target,
-    weight,
-    codebook,
-    layout,
-    d,
-    k,
-    indexed,
-    scale,
-    shift,
-    forms,
-    group,
-    loose,
-    error,
-    index,
-    variant,
-    block_error,
-):
-    """Errors of all blocks at scales d (2 k + 1), and with `indexed` which vectors they take."""
-    per_block, shifts = layout.per_block, codebook.shifts
-    for code in range(32):
-        scale[code] = d * F(2 * k[code // per_block] + 1)
-    if shifts.size > 1:
-        _loose(target, weight, codebook, layout, scale, loose, variant, block_error)
-        for code in range(32):
-            shift[code] = shifts[variant[code]]
-    for tile in range(2):
-        nearest_vectors(target, weight, tile, scale, shift, codebook, layout.parts, indexed, forms, group, error, index)
-    block_error[:] = F(0)
-    for code in range(32):
-        block_error[code // per_block] += error[code]
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _nearest_odd(scale, d, top):
+    """k >= 0 of the odd multiple d (2 k + 1) that is nearest to a scale."""
+    exact = scale * splat(F(0.5) * inverse(d)) - splat(F(0.5))
+    return lower(higher(rint(exact), splat(F(0))), splat(F(top)))
+
+
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _odd(k):
+    return k + k + splat(F(1))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _agreement(target, weight, codebook, layout, k, index, shift):
+def _shifts(codebook, at, s):
+    """Shifts of the codes of one tile, by the variants last chosen."""
+    low, high = codebook.shifts[0], codebook.shifts[codebook.shifts.size - 1]
+    return splat(low) + load(s, at) * splat(high - low)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _evaluate(target, weight, codebook, layout, scale, indexed, forms, group, index, s):
+    """Errors of all blocks at the given scales, and with `indexed` which vectors they take."""
+    if codebook.shifts.size > 1:
+        _loose(target, weight, codebook, layout, scale, s)
+    shift = _shifts(codebook, _VARIANT, s)
+    even = nearest_vectors(target, weight, 0, scale, shift, codebook, layout.parts, indexed, forms, group, index)
+    shift = _shifts(codebook, _VARIANT + 16, s)
+    odd = nearest_vectors(target, weight, 1, scale, shift, codebook, layout.parts, indexed, forms, group, index)
+    return _blockwise(even, odd, layout)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _search(target, weight, codebook, layout, d, trials, forms, group, index, s):
+    """Step 2: the k of every block."""
+    ideal = load(s, _IDEAL)
+    zero, top = splat(F(0)), splat(F(layout.top))
+    centre = _nearest_odd(ideal, d, layout.top)
+    exact = (ideal * splat(inverse(d)) - splat(F(1))) * splat(F(0.5))
+    side = where_greater(exact, centre, splat(F(1)), splat(F(-1)))
+    best, k = splat(F(np.inf)), centre
+    for step in range(trials if trials > 1 else 0):
+        away = zero if step == 0 else (side if step == 1 else zero - side)
+        trial = lower(higher(centre + away, zero), top)
+        error = _evaluate(target, weight, codebook, layout, splat(d) * _odd(trial), False, forms, group, index, s)
+        k, best = where_greater(best, error, trial, k), lower(error, best)
+    return k
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _agreement(target, weight, codebook, layout, k, index, s):
     """(sum h x q, sum h q q) of a super-block, q being odd numbers times the vectors chosen: what it stands for at d = 1."""
     table, parts = codebook.table, layout.parts
     width = 8 // parts
-    above, below = F(0), F(0)
-    for code in range(32):
-        at, a, b = code // 16 * 128 + code % 16, F(0), F(0)
+    above, below, odd = splat(F(0)), splat(F(0)), _odd(k)
+    for tile in range(2):
+        shift = _shifts(codebook, _VARIANT + tile * 16, s)
         for part in range(parts):
-            row = index[code // 16 * 16 * parts + part * 16 + code % 16] * width
+            at = (tile * parts + part) * 16
             for j in range(width):
-                m = table[row + j] + shift[code]
-                hm = weight[at] * m
-                a += hm * target[at]
-                b += hm * m
-                at += 16
-        odd = F(2 * k[code // layout.per_block] + 1)
-        above += odd * a
-        below += odd * odd * b
-    return above, below
+                row = tile * 128 + (part * width + j) * 16
+                for n in range(16):
+                    s[_VECTORS + n] = table[index[at + n] * width + j]
+                q = (load(s, _VECTORS) + shift) * odd
+                hq = load(weight, row) * q
+                above, below = above + hq * load(target, row), below + hq * q
+    return total(above), total(below)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _grown(target, weight, codebook, layout, k, index, shift, d, share):
-    """Step 4: the super-scale with a share of its shrinkage undone."""
-    energy = F(0)
-    for j in range(target.size):
-        energy += weight[j] * target[j] * target[j]
-    above, _ = _agreement(target, weight, codebook, layout, k, index, shift)
-    return round_f16(d * growth(energy, d * above, share))
+def _grown(target, weight, above, d, share):
+    """Step 4: the super-scale with a share of its shrinkage undone; above: sum h x q."""
+    energy = splat(F(0))
+    for row in range(0, 256, 16):
+        x = load(target, row)
+        energy = energy + load(weight, row) * x * x
+    return round_f16(d * growth(total(energy), d * above, share))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _write(sup, layout, d, k, signs, index, variant, codes, k_out, shift_out, d_out):
-    """Codes, scale codes, shift bits and super-scale of one super-block to where they belong."""
-    blocks, parts = k.size, layout.parts
-    d_out[sup] = d
-    for block in range(blocks):
-        k_out[sup * blocks + block] = np.uint8(k[block])
+def _write(sup, layout, k, signs, index, codes, k_out, shift_out, s):
+    """Codes, scale codes and shift bits of one super-block to where they belong."""
+    parts, per_block, per_shift = layout.parts, layout.per_block, layout.per_shift
+    store(s, _K, k)
+    for block in range(32 // per_block):
+        k_out[sup * (32 // per_block) + block] = np.uint8(s[_K + block * per_block // 2])
+    for unit in range(32 // per_shift):
+        code = unit * per_shift
+        shift_out[sup * (32 // per_shift) + unit] = np.uint8(s[_VARIANT + code % 2 * 16 + code // 2])
     for code in range(32):
-        shift_out[(sup * 32 + code) // layout.per_shift] = np.uint8(variant[code])
         word = signs[code]
         for part in range(parts - 1, -1, -1):
-            word = word << layout.index_bits | index[code // 16 * 16 * parts + part * 16 + code % 16]
+            word = word << layout.index_bits | index[(code % 2 * parts + part) * 16 + code // 2]
         codes[sup * 32 + code] = np.int32(word)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _solve(target, weight, codebook, layout, ladder, trials, refine, unbias, forms, group, index, s):
+    """All four steps for one super-block: (k, d)."""
+    _start(target, weight, codebook, layout, ladder, s)
+    d = _aligned(s, layout.top)
+    k = _search(target, weight, codebook, layout, d, trials, forms, group, index, s)
+    _evaluate(target, weight, codebook, layout, splat(d) * _odd(k), True, forms, group, index, s)
+    above, below = _agreement(target, weight, codebook, layout, k, index, s)
+    if refine and above > F(0) and below > F(0):
+        d = round_f16(above / below)
+        _evaluate(target, weight, codebook, layout, splat(d) * _odd(k), True, forms, group, index, s)
+        above, below = _agreement(target, weight, codebook, layout, k, index, s)
+    return k, _grown(target, weight, above, d, unbias)
 
 
 @njit(nogil=True, cache=True, parallel=True, error_model="numpy")
@@ -194,56 +233,15 @@ def quantize_vectors(x, h, codebook, layout, ladder, trials, refine, unbias, cod
         codes: out, int32 [n * 32]; k_out: out, uint8 [n * 32 / per_block]; shift_out: out, uint8 [n * 32 / per_shift];
         d_out: out, float32 [n], representable in float16.
     """
-    supers, blocks, top, parts = x.size // 256, 32 // layout.per_block, layout.top, layout.parts
+    supers, n = x.size // 256, codebook.levels.size
     for chunk in prange((supers + 7) // 8):
         target, weight, signs = np.empty(256, np.float32), np.empty(256, np.float32), np.zeros(32, np.int64)
-        scale, group = np.empty(32, np.float32), np.empty(32, np.float32)
-        error, shift, variant = np.empty(32, np.float32), np.zeros(32, np.float32), np.zeros(32, np.int64)
-        loose, index = np.empty(codebook.shifts.size * 32, np.float32), np.zeros(parts * 32, np.int64)
-        n = codebook.levels.size
-        forms = np.empty((2 * n ** (4 // parts) + 2 * n * n) * 16, np.float32)
-        block_error, best, ideal, bend = (
-            np.empty(blocks, np.float32),
-            np.empty(blocks, np.float32),
-            np.empty(blocks, np.float32),
-            np.empty(blocks, np.float32),
-        )
-        centre, side, k, trial = (
-            np.zeros(blocks, np.int64),
-            np.zeros(blocks, np.int64),
-            np.zeros(blocks, np.int64),
-            np.zeros(blocks, np.int64),
-        )
+        forms = np.empty((2 * n ** (4 // layout.parts) + 2 * n + 2 * n * n) * 16, np.float32)
+        group, index, s = np.empty(48, np.float32), np.zeros(layout.parts * 32, np.int64), np.zeros(SCRATCH, np.float32)
         for sup in range(chunk * 8, min(supers, chunk * 8 + 8)):
-            for tile in range(2):
-                load_codes(x, h, sup * 256 + tile * 128, 16, layout.sign_bits, tile, target, weight, signs)
-            _start(target, weight, codebook, layout, ladder, scale, loose, variant, block_error, ideal, bend)
-            d = _aligned(ideal, bend, top)
-            by = inverse(d)
-            for block in range(blocks):
-                exact = (ideal[block] * by - F(1)) * F(0.5)
-                centre[block] = min(max(int(np.rint(exact)), 0), top)
-                side[block] = 1 if exact > F(centre[block]) else -1
-            best[:] = F(np.inf)
-            k[:] = centre
-            for step in range(trials if trials > 1 else 0):
-                for block in range(blocks):
-                    away = side[block] if step == 1 else (-side[block] if step == 2 else 0)
-                    trial[block] = min(max(centre[block] + away, 0), top)
-                _evaluate(
-                    target, weight, codebook, layout, d, trial, False, scale, shift, forms, group, loose, error, index, variant, block_error
-                )  # fmt: skip
-                for block in range(blocks):
-                    if block_error[block] < best[block]:
-                        best[block], k[block] = block_error[block], trial[block]
-            if refine:
-                _evaluate(
-                    target, weight, codebook, layout, d, k, True, scale, shift, forms, group, loose, error, index, variant, block_error
-                )  # fmt: skip
-                above, below = _agreement(target, weight, codebook, layout, k, index, shift)
-                d = round_f16(above / below) if above > F(0) and below > F(0) else d
-            _evaluate(
-                target, weight, codebook, layout, d, k, True, scale, shift, forms, group, loose, error, index, variant, block_error
+            load_super(x, h, sup * 256, layout.sign_bits, target, weight, signs, group)
+            k, d = _solve(
+                target, weight, codebook, layout, ladder, trials, refine, unbias, forms, group, index, s
             )  # fmt: skip
-            d = _grown(target, weight, codebook, layout, k, index, shift, d, unbias)
-            _write(sup, layout, d, k, signs, index, variant, codes, k_out, shift_out, d_out)
+            d_out[sup] = d
+            _write(sup, layout, k, signs, index, codes, k_out, shift_out, s)

@@ -42,6 +42,7 @@ class Effort:
         reach: symmetric: scale codes looked at on either side; with a shift: steps around the pair of codes.
         rounds: how often scale codes and super-scales are adjusted to each other.
         unbias: share of the least-squares shrinkage that is undone (`kquants_tiles.growth`); `fit` undoes none.
+        unweighted: ends tried, without insets and with one polish, where nothing is weighted: less is gained there than time is lost.
     """
 
     ends: tuple[float, ...]
@@ -50,16 +51,19 @@ class Effort:
     reach: int | tuple[tuple[int, int], ...] = 1
     rounds: int = 1
     unbias: float = 1.0
+    unweighted: tuple[float, ...] = ()
 
 
 _IQ4 = Effort((-127, -122, -117, -132, -137, -110, 113, 108, 118, 123, 103, 98), polish=1, reach=1, rounds=1)
 _TERNARY = Effort(tuple(1 / s for s in (0.25, 0.4, 0.6, 0.85)), polish=3, unbias=0.0)
 EFFORTS: dict[str, Effort] = {
-    "q4_0": Effort((-9, -8.6, -8.3, -8, -7.7, -7.4, -7.1, -6.7, 7.8, 7.5, 7.2, 6.9), polish=2),
+    "q4_0": Effort(
+        (-9, -8.6, -8.3, -8, -7.7, -7.4, -7.1, -6.7, 7.8, 7.5, 7.2, 6.9), polish=2, unweighted=(-8.4, -7.8, 7.4)
+    ),
     "q5_0": Effort((-17, -16.5, -16, -15.5, -15, -14.5, 15.5, 15), polish=2),
     "q8_0": Effort((127, 126.3, 125.6, 124.9, 124.2, 123.5), polish=0, unbias=0.0),
-    "q4_1": Effort((15, 14, 16, 17), (0.0, 0.03), polish=2),
-    "q5_1": Effort((31, 30, 32), (0.0, 0.015), polish=2),
+    "q4_1": Effort((15, 14, 16, 17), (0.0, 0.03), polish=2, unweighted=(15, 13.5)),
+    "q5_1": Effort((31, 30, 32), (0.0, 0.015), polish=2, unweighted=(30.5, 31.5)),
     "q2_k": Effort((2.2, 2.5, 3, 3.5, 3.8, 4.1), (0.0, 0.1), polish=2, reach=_STAR, rounds=3),
     "q3_k": Effort((-4.6, -4.1, -3.6, -3.2, -2.8), polish=1, reach=1, rounds=2, unbias=0.7),
     "q4_k": Effort((12, 13, 14, 15, 16, 17, 18), (0.0, 0.04), polish=3, reach=_STAR, rounds=2),
@@ -115,6 +119,8 @@ def _run(
     size, per_super = scheme.blocks.cols, scheme.scale.blocks.cols if nested else 1
     count, blocks = prod(w.shape[:-1]), w.shape[-1] // size
     names = [name for name, _ in scheme.parts()]
+    if effort.unweighted and (importance is None or not bool(importance.any())):
+        effort = replace(effort, ends=effort.unweighted, insets=(0.0,), polish=1)
     codes = torch.empty(count, w.shape[-1], dtype=code_dtype(scheme.grid))
     inner = [
         torch.empty(count, blocks if nested else 0, dtype=code_dtype(getattr(scheme, name).grid)) for name in names

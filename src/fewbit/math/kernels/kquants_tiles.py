@@ -73,7 +73,7 @@ def tile_place(tile, size, count, period):
 
 
 @intrinsic
-def _transpose(typingctx, source, start, stride, out, to):
+def transpose(typingctx, source, start, stride, out, to):
     """out[to + 16 j + i] = source[start + stride i + j] for i, j < 16, float32: four rounds of sixteen two-vector shuffles."""
 
     def codegen(context, builder, signature, args):
@@ -107,7 +107,7 @@ def load_tile(source, period, first, count, size, out):
     start = (first * size) % period
     if first + LANES <= count and start + LANES * size <= period:
         for j in range(0, size, LANES):
-            _transpose(source, start + j, size, out, j * LANES)
+            transpose(source, start + j, size, out, j * LANES)
         return
     for lane in range(LANES):
         start = (min(first + lane, count - 1) * size) % period

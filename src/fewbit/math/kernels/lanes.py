@@ -192,6 +192,31 @@ def lane(typingctx, x, n):
     return types.float32(Lanes, types.intp), codegen
 
 
+@intrinsic
+def neighbour(typingctx, x):
+    """Lanes 0 and 1 exchanged, 2 and 3, and so on."""
+
+    def codegen(context, builder, signature, args):
+        mask = ir.Constant(_VI, [n ^ 1 for n in range(WIDTH)])
+        return builder.shuffle_vector(args[0], ir.Constant(_VF, ir.Undefined), mask)
+
+    return Lanes(Lanes), codegen
+
+
+@intrinsic
+def total(typingctx, x):
+    """The sum of all lanes, halves first: lane n + lane n + 8, then n + 4, n + 2, n + 1."""
+
+    def codegen(context, builder, signature, args):
+        value = args[0]
+        for step in (8, 4, 2, 1):
+            mask = ir.Constant(_VI, [(n + step) % WIDTH for n in range(WIDTH)])
+            value = builder.fadd(value, builder.shuffle_vector(value, ir.Constant(_VF, ir.Undefined), mask))
+        return builder.extract_element(value, ir.Constant(_I32, 0))
+
+    return types.float32(Lanes), codegen
+
+
 def _emit_float(builder, x, high, shift, normal, magic):
     """(sign bit, magnitude bits rounded to the grid, rounded subnormal magnitude, whether normal)."""
     bits = builder.bitcast(x, _VI)

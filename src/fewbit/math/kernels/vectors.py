@@ -8,8 +8,12 @@ least of four is their first half plus the least of four tails:
         x of 16 codes         81 forms of the       81 forms of the           fours
         [8, 16 lanes]   ->    first four levels  +  last four levels    ->    error[first] + min(error[last] of the four)
 
-Loops of fixed length matter more than the repetitions: groups of all lengths would cost a mispredicted branch each. Which vector it was is looked up afterwards, and only where it is needed. Signs are folded into x beforehand. Where they must be even in number
-and are odd, the weight that costs least gets the wrong sign, i.e. a negative target among magnitudes.
+Loops of fixed length matter more than the repetitions: groups of all lengths would cost a mispredicted branch each. Which vector it was is
+looked up afterwards, and only where it is needed.
+
+A super-block of 256 weights is two tiles of sixteen codes: code 2 n + t is lane n of tile t, weight j of it at t * 128 + j * 16 + n, so that
+sixteen weights in a row, transposed, are one lane of both tiles. Signs are folded into x beforehand. Where they must be even in number and are
+odd, the weight that costs least gets the wrong sign, i.e. a negative target among magnitudes.
 """
 
 from __future__ import annotations
@@ -19,8 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from fewbit.math.kernels.kquants_tiles import F
-from fewbit.math.kernels.lanes import load, lower, splat, store, where_greater
+from fewbit.math.kernels.kquants_tiles import F, transpose
+from fewbit.math.kernels.lanes import higher, load, lower, splat, store, where_greater
 
 
 class Book(NamedTuple):
@@ -63,57 +67,75 @@ def book(table: np.ndarray, shifts: tuple[float, ...] = (0.0,)) -> Book:
     )
 
 
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _level_errors(target, weight, row, s, delta, levels, out, at):
+    """Errors of one magnitude at every level, to out[at:], [n, 16]; the constant h x^2 is left out: h s^2 m^2 - 2 h x s m."""
+    h = load(weight, row)
+    a, b = h * s * s, (h + h) * load(target, row) * s
+    for i in range(levels.size):
+        m = splat(levels[i]) + delta
+        store(out, at + i * 16, (a * m - b) * m)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _pair_sums(left, right, n, table, out, at):
+    """Sums of every entry of one table with every entry of another, [n, 16] at table[left:] and table[right:], to out[at:], [n * n, 16]."""
+    for i in range(n):
+        first = load(table, left + i * 16)
+        for j in range(n):
+            store(out, at + (i * n + j) * 16, first + load(table, right + j * 16))
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
-def _form_errors(target, weight, first, count, scale, shift, lane, levels, pairs, out, at):
+def _form_errors(target, weight, first, count, s, delta, levels, scratch, out, at):
     """Errors of all forms of `count` (2 or 4) magnitudes, whose targets and weights start at `first`: to out[at:], [n ** count, 16].
 
-    scale[lane:] and shift[lane:] belong to the lanes; the constant h x^2 is left out: h s^2 m^2 - 2 h x s m.
+    scratch: float32 [(2 n + 2 n^2) * 16].
     """
-    n, s, delta = levels.size, load(scale, lane), load(shift, lane)
+    n = levels.size
+    right, pairs = n * 16, 2 * n * 16
     for pair in range(count // 2):
         row = first + pair * 32
-        h0, h1 = load(weight, row), load(weight, row + 16)
-        a0, a1 = h0 * s * s, h1 * s * s
-        b0 = (h0 + h0) * load(target, row) * s
-        b1 = (h1 + h1) * load(target, row + 16) * s
-        for i in range(n):
-            m = splat(levels[i]) + delta
-            left = (a0 * m - b0) * m
-            for j in range(n):
-                k = splat(levels[j]) + delta
-                value = left + (a1 * k - b1) * k
-                if count == 2:
-                    store(out, at + (i * n + j) * 16, value)
-                else:
-                    store(pairs, ((pair * n + i) * n + j) * 16, value)
+        _level_errors(target, weight, row, s, delta, levels, scratch, 0)
+        _level_errors(target, weight, row + 16, s, delta, levels, scratch, right)
+        if count == 2:
+            _pair_sums(0, right, n, scratch, out, at)
+        else:
+            _pair_sums(0, right, n, scratch, scratch, pairs + pair * n * n * 16)
     if count == 4:
-        for i in range(n * n):
-            left = load(pairs, i * 16)
-            for j in range(n * n):
-                store(out, at + (i * n * n + j) * 16, left + load(pairs, (n * n + j) * 16))
+        _pair_sums(pairs, pairs + n * n * 16, n * n, scratch, out, at)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _four(heads, tails, forms, half, g):
+    """The least error of four vectors; heads' table is forms[:half], tails' the rest."""
+    t = 4 * g
+    left = lower(load(forms, half + tails[t]), load(forms, half + tails[t + 1]))
+    right = lower(load(forms, half + tails[t + 2]), load(forms, half + tails[t + 3]))
+    return lower(left, right) + load(forms, heads[g])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _least(heads, tails, forms, half, error, at, group):
-    """Adds the least error of each lane to error[at:] and leaves the four it lies in; heads' table is forms[:half], tails' the rest."""
-    best, which = splat(F(1e30)), splat(F(0))
-    number, one = splat(F(0)), splat(F(1))
+def _least(heads, tails, forms, half):
+    """The least error of each lane."""
+    best, other = splat(F(1e30)), splat(F(1e30))
+    for g in range(0, heads.size - 1, 2):
+        best = lower(_four(heads, tails, forms, half, g), best)
+        other = lower(_four(heads, tails, forms, half, g + 1), other)
+    return lower(lower(_four(heads, tails, forms, half, heads.size - 1), best), other)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _least_of(heads, tails, entries, forms, half, group, index, at):
+    """The same, and the numbers of the vectors that have it: index[at:], [16]."""
+    best, which, number, one = splat(F(1e30)), splat(F(0)), splat(F(0)), splat(F(1))
     for g in range(heads.size):
-        t = 4 * g
-        left = lower(load(forms, half + tails[t]), load(forms, half + tails[t + 1]))
-        right = lower(load(forms, half + tails[t + 2]), load(forms, half + tails[t + 3]))
-        low = lower(left, right) + load(forms, heads[g])
+        low = _four(heads, tails, forms, half, g)
         which = where_greater(best, low, number, which)
         best = lower(low, best)
         number = number + one
     store(group, 0, which)
     store(group, 16, best)
-    store(error, at, load(error, at) + best)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _which(heads, tails, entries, forms, half, group, index, at):
-    """The numbers of the vectors that `_least` found: index[at:], [16]."""
     for lane in range(16):
         g = int(group[lane])
         head, least = forms[heads[g] + lane], group[16 + lane]
@@ -121,67 +143,77 @@ def _which(heads, tails, entries, forms, half, group, index, at):
         for t in range(4 * g + 1, 4 * g + 4):
             found = t if forms[half + tails[t] + lane] + head == least else found
         index[at + lane] = entries[found]
+    return best
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def nearest_vectors(target, weight, tile, scale, shift, codebook, parts, indexed, forms, group, error, index):
-    """Nearest vectors of one tile of sixteen codes at given scales and shifts.
+def nearest_vectors(target, weight, tile, scale, shift, codebook, parts, indexed, forms, group, index):
+    """Errors of the nearest vectors of one tile of sixteen codes at given scales and shifts, without the constant sum h x^2.
 
-    target, weight: float32 [tiles * 8 * 16]; scale, shift: float32 [tiles * 16]; forms, group: float32 scratch; error: out, float32
-    [tiles * 16], without the constant sum h x^2; index: out, int64 [tiles * parts * 16], if `indexed`.
+    target, weight: float32 [2 * 8 * 16]; scale, shift: lanes; forms, group: float32 scratch; index: out, int64 [2 * parts * 16], numbers of the
+    vectors, if `indexed`.
     """
     levels, heads, tails = codebook.levels, codebook.heads, codebook.tails
     width = 8 // parts
     half = levels.size ** (width // 2) * 16
-    pairs = forms[2 * half :]
-    at = tile * 16
-    store(error, at, splat(F(0)))
+    scratch = forms[2 * half :]
+    error = splat(F(0))
     for part in range(parts):
         row = tile * 128 + part * width * 16
-        _form_errors(target, weight, row, width // 2, scale, shift, at, levels, pairs, forms, 0)
-        _form_errors(target, weight, row + width * 8, width // 2, scale, shift, at, levels, pairs, forms, half)
-        _least(heads, tails, forms, half, error, at, group)
+        _form_errors(target, weight, row, width // 2, scale, shift, levels, scratch, forms, 0)
+        _form_errors(target, weight, row + width * 8, width // 2, scale, shift, levels, scratch, forms, half)
         if indexed:
-            _which(heads, tails, codebook.entries, forms, half, group, index, at * parts + part * 16)
+            at = (tile * parts + part) * 16
+            error = error + _least_of(heads, tails, codebook.entries, forms, half, group, index, at)
+        else:
+            error = error + _least(heads, tails, forms, half)
+    return error
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def loose_errors(target, weight, tile, scale, levels, shift, error, at):
-    """As `nearest_vectors` with one shift, every magnitude free to take its own nearest level: a cheap lower bound, to error[at:]."""
-    s = load(scale, tile * 16)
+def loose_errors(target, weight, tile, scale, levels, shift):
+    """As `nearest_vectors` with one shift, every magnitude free to take its own nearest level: a cheap lower bound."""
     total = splat(F(0))
-    for j in range(8):
-        x = load(target, tile * 128 + j * 16)
+    for row in range(tile * 128, tile * 128 + 128, 16):
+        x = load(target, row)
         x = x + x
         least = splat(F(1e30))
         for i in range(levels.size):
-            m = s * splat(levels[i] + shift)
+            m = scale * splat(levels[i] + shift)
             least = lower((m - x) * m, least)
-        total = total + load(weight, tile * 128 + j * 16) * least
-    store(error, at, total)
+        total = total + load(weight, row) * least
+    return total
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def load_codes(x, h, start, count, sign_bits, tile, target, weight, signs):
-    """Sixteen codes from weight `start` on as the lanes of a tile: targets with signs folded in, importance, sign bits.
+def load_super(x, h, start, sign_bits, target, weight, signs, scratch):
+    """The super-block from weight `start` on as two tiles: targets with signs folded in, importance, sign bits of the codes in order.
 
-    Lanes from `count` on repeat the last code. h repeats along x.
+    h repeats along x, its period a multiple of 256; signs: out, int64 [32]; scratch: float32 [48].
     """
-    for lane in range(16):
-        at = start + 8 * min(lane, count - 1)
-        place = at % h.size
-        bits, odd, cheapest, cost = 0, 0, 0, F(np.inf)
-        for j in range(8):
-            value, w = x[at + j], h[place + j]
-            if sign_bits and value < F(0):
-                bits |= 1 << j
-                odd ^= 1
-                value = -value
-            if w * value < cost:
-                cost, cheapest = w * value, j
-            target[tile * 128 + j * 16 + lane] = value
-            weight[tile * 128 + j * 16 + lane] = w
-        if sign_bits == 7 and odd:
-            bits ^= 1 << cheapest
-            target[tile * 128 + cheapest * 16 + lane] = -target[tile * 128 + cheapest * 16 + lane]
-        signs[tile * 16 + lane] = bits & ((1 << sign_bits) - 1)
+    transpose(x, start, 16, target, 0)
+    transpose(h, start % h.size, 16, weight, 0)
+    if sign_bits == 0:
+        return
+    zero, one = splat(F(0)), splat(F(1))
+    for tile in range(2):
+        bits, count, cost, cheapest, place = zero, zero, splat(F(np.inf)), zero, zero
+        for row in range(tile * 128, tile * 128 + 128, 16):
+            value = load(target, row)
+            negative = where_greater(zero, value, one, zero)
+            value = higher(value, zero - value)
+            price = load(weight, row) * value
+            bits, count = bits + negative * splat(F(1 << (row // 16 % 8))), count + negative
+            cheapest = where_greater(cost, price, place, cheapest)
+            cost, place = lower(price, cost), place + one
+            store(target, row, value)
+        store(scratch, 0, bits)
+        store(scratch, 16, count)
+        store(scratch, 32, cheapest)
+        for lane in range(16):
+            word = int(scratch[lane])
+            if sign_bits == 7 and int(scratch[16 + lane]) & 1:
+                at = tile * 128 + int(scratch[32 + lane]) * 16 + lane
+                target[at] = -target[at]
+                word ^= 1 << int(scratch[32 + lane])
+            signs[2 * lane + tile] = word & ((1 << sign_bits) - 1)
