@@ -8,11 +8,11 @@ q = fb.quantize_tensor(w, "int4-g128-asym", method="hqq")
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewbit.base.errors import InputError, QualityError, Refusals, ResourceError
+from fewbit.base.errors import FewbitError, InputError, QualityError, Refusals, ResourceError
 from fewbit.formats.gguf.vocabulary import FILES as VOCABULARY_FILES
 from fewbit.plan.calibrated import calibrated_budget
 from fewbit.plan.jobs import Plan
@@ -53,6 +53,8 @@ def plan_quantize(
     out: Path | None = None,
     ram: int | None = None,
     workers: int | None = None,
+    vram: int = 0,
+    device: str = "auto",
     revision: str | None = None,
     **fields: Any,
 ) -> Plan:
@@ -63,13 +65,24 @@ def plan_quantize(
         recipe: or its fields as keyword arguments: to="gguf:Q4_K_M", method="gptq" …
         out: output folder, to check disk space.
         ram: hard limit of resident memory, bytes.
+        vram, device: the same of device memory, 0 for what is free; and where calibrated methods compute: cpu, cuda, cuda:1 … or auto.
 
     Raises:
         Refusals: all reasons at once.
     """
     chosen = as_recipe(recipe, fields)
     with open(model, revision=revision) as source:
-        return _decide(_rewritten(source, chosen), str(model), chosen, out, ram, workers)
+        return _decide(_rewritten(source, chosen), str(model), chosen, out, Limits(ram, workers, vram, device))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the user allows a run; see `plan_quantize`."""
+
+    ram: int | None = None
+    workers: int | None = None
+    vram: int = 0
+    device: str = "auto"
 
 
 def _rewritten(source: Source, recipe: Recipe) -> Source:
@@ -81,9 +94,7 @@ def _rewritten(source: Source, recipe: Recipe) -> Source:
     return with_kv(rewritten(for_targets(source, recipe.to), recipe), recipe)
 
 
-def _decide(source: Source, model: str, recipe: Recipe, out: Path | None, ram: int | None, workers: int | None) -> Plan:
-    from fewbit.run.settings import default_ram, default_workers
-
+def _decide(source: Source, model: str, recipe: Recipe, out: Path | None, limits: Limits) -> Plan:
     if source.quantised and not recipe.requantize:
         assert source.format is not None
         raise Refusals(
@@ -91,14 +102,9 @@ def _decide(source: Source, model: str, recipe: Recipe, out: Path | None, ram: i
         )
     plan = resolve(source.manifest, source.config, recipe, source=model, files=tokenizer_files(source))
     problems: list[Any] = []
-    jobs = [job for output in plan.outputs for job in output.jobs]
-    limits = (ram or default_ram(), workers or default_workers())
     try:
-        peak = budget(jobs, *limits).peak
-        if plan.needs or recipe.kv:
-            peak = max(peak, calibrated_budget(plan, source.manifest, *limits).peak)
-        plan = replace(plan, peak_bytes=peak)
-    except ResourceError as error:
+        plan = _with_peaks(plan, source, recipe, limits)
+    except FewbitError as error:
         problems.append(error)
     if out is not None:
         problems += _disk_problems(plan, out)
@@ -106,6 +112,28 @@ def _decide(source: Source, model: str, recipe: Recipe, out: Path | None, ram: i
         raise Refusals(problems)
     warnings = (*source.checkpoint.warnings, *plan.warnings, *source.warnings)
     return replace(plan, warnings=warnings, rewrites=tuple(source.does))
+
+
+def _with_peaks(plan: Plan, source: Source, recipe: Recipe, limits: Limits) -> Plan:
+    """The plan with the memory that it will take.
+
+    Raises:
+        ResourceError: FB-E0510 or FB-E0512. InputError: FB-E0513.
+    """
+    from fewbit.run.settings import chosen_device, default_ram, default_workers, device_bytes
+
+    ram, workers = limits.ram or default_ram(), limits.workers or default_workers()
+    plan = replace(plan, peak_bytes=budget([job for out in plan.outputs for job in out.jobs], ram, workers).peak)
+    device = chosen_device(limits.device)
+    if not (plan.needs or recipe.kv or "spin" in recipe.rewrites):
+        unused = limits.vram or limits.device not in ("cpu", "auto")
+        note = "--device and --vram are for calibrated methods: this one computes on the CPU"
+        return replace(plan, warnings=(*plan.warnings, note)) if unused else plan
+    vram = device_bytes(device, limits.vram)
+    found = calibrated_budget(plan, source.manifest, ram, workers, vram)
+    notes = ("--vram has no effect: the run computes on the CPU",) if limits.vram and vram is None else ()
+    peak = max(plan.peak_bytes, found.peak)
+    return replace(plan, peak_bytes=peak, device_bytes=found.device_peak, warnings=(*plan.warnings, *notes))
 
 
 def tokenizer_files(source: Source) -> dict[str, bytes]:
@@ -147,18 +175,21 @@ def quantize(
         Refusals: before any work. ResourceError, Interrupted: resumable by the same call. QualityError: the audit or --strict failed.
     """
     from fewbit.run.engine import run_plan
-    from fewbit.run.settings import folder_bytes, settings
+    from fewbit.run.limits import device_memory
+    from fewbit.run.settings import folder_bytes, require_device, settings
 
     out = Path(out)
     chosen = as_recipe(recipe, fields)
     with open(model, revision=revision) as stored:
         source = _rewritten(stored, chosen)
-        plan = _decide(source, str(model), chosen, out, ram, workers)
+        plan = _decide(source, str(model), chosen, out, Limits(ram, workers, vram, device))
         how = settings(ram, workers, device, overwrite, **({"on_event": on_event} if on_event else {}), vram=vram)
+        require_device(how.device)
         calibrated = None
         if plan.needs:
             from fewbit.run.block import calibrated
-        outcome = run_plan(plan, source, out, how, calibrated)
+        with device_memory(how.device, how.vram):
+            outcome = run_plan(plan, source, out, how, calibrated)
         if strict:
             _check_strict(plan, outcome.notes)
         verified = _verify(outcome.outputs, source) if verify else None

@@ -22,8 +22,12 @@ def command(
     ram: Annotated[
         str | None, typer.Option(help="hard limit of resident memory, e.g. 8GB [default: 3/4 of what is free]")
     ] = None,
-    vram: Annotated[str | None, typer.Option(help="limit of device memory, e.g. 20GB")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto")] = "auto",
+    vram: Annotated[
+        str | None, typer.Option(help="limit of device memory, e.g. 20GB [default: 9/10 of what is free]")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="where calibrated methods compute: cpu, cuda, cuda:1 …, or auto")
+    ] = "auto",
     workers: Annotated[int | None, typer.Option(min=1, help="tensors in flight at most")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output")] = False,
     dry_run: Annotated[
@@ -46,7 +50,7 @@ def command(
 
     sizes = {"ram": parse_size(ram) if ram else None, "vram": parse_size(vram) if vram else 0}
     if dry_run:
-        plan = api.plan_quantize(model, recipe, out=out, ram=sizes["ram"], workers=workers, revision=revision)
+        plan = api.plan_quantize(model, recipe, out=out, device=device, workers=workers, revision=revision, **sizes)
         print_json("fewbit.dry-run/1", plan.record()) if json else print(plan_page(plan))
         return
     if out is None:

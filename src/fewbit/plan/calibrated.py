@@ -4,6 +4,10 @@
     loss     the same with the logits of some sequences; then one block, its graph for one batch, and the grams of its outputs' gradients
     blocks   one block, for each stage its grams, and what the solver makes of them; hidden states, and what is kept between passes
     together one block, and for each of its weights a master weight, values, gradient and its averages; the block's graph
+    rotate   the whole model, several times over, and its graph: where rotations are learned
+
+On CUDA the weights, the tokens on their way through them, statistics and solvers lie on the device; hidden states, what is kept between passes and
+the tensors being read or written stay in host memory. Then there are two limits, and both must hold.
 
 Hidden states go to disk when they do not fit beside the largest phase; fewer weights are solved at a time when they do not. What then
 still does not fit is refused before any work. Which of these is chosen changes no byte of the output.
@@ -13,10 +17,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
+from fewbit.arch.rewrite_table import options_of as rewrite_options
 from fewbit.base.errors import ResourceError
 from fewbit.base.manifest import Manifest
 from fewbit.base.names import layer_index
@@ -33,6 +38,14 @@ MODEL_BYTES = 230 << 20  # transformers, its model without weights, compiled ker
 LARGE = 2048  # channels up to which grams are factored in float64
 FACTOR_COPIES = 4  # copies of a gram alive at once while it is factored, beside gram and cross-gram
 WEIGHT_COPIES = 8  # float32 copies of a weight alive at once in the feedback loop
+CONTEXT_BYTES = (
+    700 << 20
+)  # CUDA's context, libraries' kernels and workspaces, gaps between tensors; by public figures, not measured
+STAGING_BYTES = 8  # of a weight on its way between disk and device: as stored, and as float32 or as codes being encoded
+ROTATED_COPIES = (
+    8  # of all weights while rotations are learned: true, scaled, turned, rounded, their gradients and temporaries
+)
+ROTATED_LOGITS = 8  # float32 copies of a step's logits: both models', their logarithms and gradients
 LEARNED_COPIES = 10  # the same for learned rounding: master weight, values, gradient, averages, temporaries
 # weights of these roles read the same inputs and are solved at the same time
 STAGES = (("q", "k", "v", "qkv"), ("gate", "up", "gate_up", "fc1"))
@@ -47,6 +60,7 @@ class CalibratedBudget:
         workers: weights of a stage solved at once. spill: whether hidden states lie on disk.
         kept: bytes that may stay in memory of what is kept between the passes through a block.
         peak: bytes of resident memory. phases: name -> its peak; the largest is `peak`.
+        device_peak, device_phases: the same of device memory; 0 and none where everything is computed on the CPU.
     """
 
     workers: int
@@ -54,6 +68,8 @@ class CalibratedBudget:
     kept: int
     peak: int
     phases: Mapping[str, int] = field(default_factory=dict)
+    device_peak: int = 0
+    device_phases: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,46 +154,88 @@ def _widest(blocks: Iterable[list[Job]]) -> int:
     return max((job.shape[-1] for jobs in blocks for job in jobs if len(job.shape) > 1), default=1)
 
 
-def calibrated_budget(plan: Plan, manifest: Manifest, ram: int, workers: int) -> CalibratedBudget:
-    """How a calibrated run stays within a limit of resident memory.
+def calibrated_budget(
+    plan: Plan, manifest: Manifest, ram: int, workers: int, vram: int | None = None
+) -> CalibratedBudget:
+    """How a calibrated run stays within a limit of resident memory, and on CUDA within one of device memory.
+
+    Args:
+        vram: limit of device memory, bytes; None where everything is computed on the CPU.
 
     Raises:
-        ResourceError: FB-E0510 when it cannot, naming the phase.
+        ResourceError: FB-E0510 when it does not fit --ram, FB-E0512 when it does not fit --vram, naming the phase.
     """
     shapes = shapes_of(plan, manifest)
     solved = {name for out in plan.outputs for job in out.quantised if job.needs for name in job.reads}
     for keep, spill in ((True, False), (False, False), (False, True)):
         for count in range(workers, 0, -1):
-            found = _budget(shapes, plan, solved, count, keep, spill)
-            if found.peak <= ram:
+            found = _budget(shapes, plan, solved, count, keep, spill, vram is not None)
+            if found.peak <= ram and found.device_peak <= (vram or 0):
                 return found
-    worst = max(found.phases, key=lambda name: found.phases[name])
-    raise ResourceError(
-        "FB-E0510",
-        f"calibration needs {found.peak / 1e9:.2f} GB at its peak ({worst}), --ram allows {ram / 1e9:.2f} GB",
-        remedy="more --ram, fewer or shorter sequences (--calib-samples, --calib-length), or --set loss_weighting=false",
+    if vram is not None and found.device_peak > vram:
+        raise _too_much("FB-E0512", "of device memory ", "--vram", found.device_phases, vram)
+    raise _too_much("FB-E0510", "", "--ram", found.phases, ram)
+
+
+def _too_much(code: str, what: str, flag: str, phases: Mapping[str, int], limit: int) -> ResourceError:
+    worst = max(phases, key=lambda name: phases[name])
+    return ResourceError(
+        code,
+        f"calibration needs {phases[worst] / 1e9:.2f} GB {what}at its peak ({worst}), {flag} allows {limit / 1e9:.2f} GB",
+        remedy=f"more {flag}, fewer or shorter sequences (--calib-samples, --calib-length), or --set loss_weighting=false",
     )
 
 
-def _budget(shapes: Shapes, plan: Plan, solved: set[str], workers: int, keep: bool, spill: bool) -> CalibratedBudget:
-    base = BASE_BYTES + MODEL_BYTES
+def _budget(
+    shapes: Shapes, plan: Plan, solved: set[str], workers: int, keep: bool, spill: bool, device: bool = False
+) -> CalibratedBudget:
     kept = 0
     if keep:  # the widest inputs and the outputs that join the residual stream, of both streams
         widest = max((job.shape[-1] for jobs in shapes.blocks for job in jobs if len(job.shape) > 1), default=0)
         kept = (shapes.samples + shapes.drift) * shapes.length * (widest + shapes.hidden) * shapes.itemsize
+    phases = _phases(shapes, plan, solved, workers, kept, spill)
+    base = BASE_BYTES + MODEL_BYTES
+    if not device:
+        sums = {name: base + host + computing for name, (host, computing) in phases.items()}
+        return CalibratedBudget(workers, spill, kept, max(sums.values()), sums)
+    largest = max((job.numel for out in plan.outputs for job in out.jobs), default=0)
+    hosts = {name: base + host + workers * largest * STAGING_BYTES for name, (host, _) in phases.items()}
+    devices = {name: CONTEXT_BYTES + computing for name, (_, computing) in phases.items()}
+    return CalibratedBudget(
+        workers, spill, kept, max(hosts.values()), hosts, device_peak=max(devices.values()), device_phases=devices
+    )
+
+
+def _phases(
+    shapes: Shapes, plan: Plan, solved: set[str], workers: int, kept: int, spill: bool
+) -> dict[str, tuple[int, int]]:
+    """(what waits in host memory, what is being computed with) of each phase, bytes."""
     streams = 0 if spill else shapes.states(shapes.samples) + shapes.states(shapes.drift)
     trunk = shapes.trunk * shapes.itemsize
     batch = shapes.tokens * shapes.hidden * 4
-    phases = {"text": base + trunk + 3 * batch + streams}
+    phases = {"text": (streams, trunk + 3 * batch)}
     if shapes.loss:
         inputs = 0 if spill else shapes.states(shapes.loss) * (len(shapes.blocks) + 2)
         logits = max(shapes.length * shapes.vocab, min(LOGITS, shapes.tokens * shapes.vocab))
-        phases["loss"] = base + trunk + inputs + 5 * 4 * logits + batch
-        phases["loss"] = max(phases["loss"], base + trunk + inputs + max(map(partial_backward(shapes), shapes.blocks)))
+        block = max(map(partial_backward(shapes), shapes.blocks))
+        phases["loss"] = (inputs, trunk + max(5 * 4 * logits + batch, block))
     for jobs in shapes.blocks:
         for name, taken in _block_phases(shapes, plan, jobs, solved, workers).items():
-            phases[name] = max(phases.get(name, 0), base + streams + taken + (kept if name == "blocks" else 0))
-    return CalibratedBudget(workers, spill, kept, max(phases.values()), phases)
+            host = streams + (kept if name == "blocks" else 0)
+            phases[name] = (host, max(phases.get(name, (0, 0))[1], taken))
+    if "spin" in plan.recipe["rewrites"]:
+        phases["rotate"] = (0, _rotation_bytes(shapes, plan))
+    return phases
+
+
+def _rotation_bytes(shapes: Shapes, plan: Plan) -> int:
+    """Bytes of learning rotations: all weights in float32 some times over, and the graph of one step."""
+    batch = int(rewrite_options("spin", plan.recipe["options"])["batch"])
+    weights = shapes.trunk + sum(job.numel for jobs in shapes.blocks for job in jobs)
+    step = replace(shapes, itemsize=4, samples=batch)
+    tokens = batch * shapes.length
+    graph = sum(graph_bytes(step, jobs) * tokens // max(1, step.tokens) for jobs in shapes.blocks)
+    return weights * 4 * ROTATED_COPIES + graph + ROTATED_LOGITS * 4 * tokens * shapes.vocab
 
 
 def partial_backward(shapes: Shapes) -> Any:

@@ -157,6 +157,7 @@ class Plan:
         needs: statistics that the solvers ask for; empty for a data-free run.
         peak_bytes: predicted peak of resident memory above the interpreter's own.
         disk_bytes: bytes that the outputs take, while being written.
+        device_bytes: predicted peak of device memory of a calibrated run on CUDA; 0 where all is computed on the CPU.
         rewrites: what the recipe's rewrites do to the float model first, in sentences.
     """
 
@@ -168,6 +169,7 @@ class Plan:
     peak_bytes: int = 0
     disk_bytes: int = 0
     rewrites: tuple[str, ...] = ()
+    device_bytes: int = 0
 
     def record(self) -> dict[str, Any]:
         """The plan as plain data, for `--json` and the journal."""

@@ -70,11 +70,15 @@ def plan_page(plan: Plan) -> str:
     parts += [f"rewrite, {text}" for text in plan.rewrites]
     parts += [f"warning: {text}" for text in plan.warnings]
     parts.append(
-        f"memory: {human_bytes(plan.peak_bytes)} at its peak (predicted); disk: {human_bytes(plan.disk_bytes)}"
+        f"memory: {human_bytes(plan.peak_bytes)} at its peak (predicted){_on_device(plan)}; disk: {human_bytes(plan.disk_bytes)}"
     )
     if plan.needs:
         parts.append(f"calibration statistics: {', '.join(plan.needs)}")
     return render(*parts)
+
+
+def _on_device(plan: Plan) -> str:
+    return f", {human_bytes(plan.device_bytes)} on the device" if plan.device_bytes else ""
 
 
 def _output_table(output: Output) -> Table:
@@ -153,7 +157,8 @@ def conversion_page(plan: Any, done: Any = None) -> str:
 
 def verified_page(found: Any) -> str:
     """What `verify` found: findings first, then the weights that keep least of their source."""
-    parts: list[Any] = [f"{found.path}: {found.format or 'plain weights'}", found.summary]
+    held = found.format or ("plain weights" if found.tensors else "cannot be read")
+    parts: list[Any] = [f"{found.path}: {held}", found.summary]
     if found.compared:
         rows = [
             (item.tensor, item.scheme, f"{item.sqnr_db:.1f}", f"{item.expected_db:.1f}") for item in found.compared[:5]

@@ -85,7 +85,7 @@ class Answers:
         rest = tuple(op for op in group.job.ops if op != "transpose")
         q = apply_quantised(rest, [one.q for one in ordered]) if rest else ordered[0].q
         notes = tuple(dict.fromkeys(note for one in ordered for note in one.notes))
-        yield group, Solved(q, sum(one.loss for one in ordered), notes)
+        yield group, Solved(q.to("cpu"), sum(one.loss for one in ordered), notes)
 
     def put_back(self, params: Params, local: str, slot: Slot, q: QTensor) -> None:
         """Replaces a weight of the running block by what its codes stand for."""

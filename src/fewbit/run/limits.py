@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from fewbit.base.errors import ResourceError
+
 
 class ByteGate:
     """Lets work through as long as the bytes in flight stay within a limit; one job may always run."""
@@ -40,3 +42,26 @@ def torch_threads(workers: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def device_memory(device: str, vram: int) -> Iterator[None]:
+    """Holds torch to `vram` bytes of a CUDA device while this lasts; nothing on the CPU.
+
+    Raises:
+        ResourceError: FB-E0512 in place of torch's own error, when more is asked for; what is finished is kept, as after an interruption.
+    """
+    if device == "cpu":
+        yield
+        return
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.device(device)).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, vram / total), torch.device(device))
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what = f"{device} ran out of the {vram / 1e9:.2f} GB that --vram allows: {str(error).splitlines()[0]}"
+        raise ResourceError("FB-E0512", what) from error
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(1.0, torch.device(device))

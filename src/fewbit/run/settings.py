@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from fewbit.base.errors import InputError
 
 Event = dict[str, Any]
 """What a run reports as it goes: {"event": "start" | "job" | "note" | "done", …}."""
@@ -36,7 +39,7 @@ class Settings:
 
     Attributes:
         ram: hard limit of resident memory, bytes.
-        vram: limit of device memory, bytes; 0 for what is there.
+        vram: limit of device memory, bytes; 0 on the CPU.
         workers: tensors in flight at most.
         device: "cpu", "cuda", "cuda:0" …
         overwrite: replace an existing output.
@@ -60,18 +63,65 @@ def settings(
     vram: int = 0,
 ) -> Settings:
     """Settings with defaults filled in from the machine."""
-    if device == "auto":
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(device)
     return Settings(
         ram=ram or default_ram(),
         workers=workers or default_workers(),
-        vram=vram,
+        vram=device_bytes(device, vram) or 0,
         device=device,
         overwrite=overwrite,
         on_event=on_event,
     )
+
+
+def chosen_device(device: str) -> str:
+    """The device that a word stands for: `auto` is CUDA where there is one.
+
+    Raises:
+        InputError: FB-E0513 for a word that names none.
+    """
+    if device == "auto":
+        if not any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
+            return "cpu"  # without asking torch, which takes a second to import
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise InputError("FB-E0513", f"{device!r} is no device; there are cpu, cuda, cuda:0 … and auto")
+    return device
+
+
+def device_bytes(device: str, vram: int = 0) -> int | None:
+    """What a run may take of a device's memory: what was asked for, else nine tenths of what is free now; None on the CPU.
+
+    Raises:
+        InputError: FB-E0513 when the device has to be asked and is not there.
+    """
+    if device == "cpu":
+        return None
+    if vram:
+        return vram
+    require_device(device)
+    import torch
+
+    return int(torch.cuda.mem_get_info(torch.device(device))[0] * 0.9)
+
+
+def require_device(device: str) -> None:
+    """Makes sure that a run can be carried out on a device.
+
+    Raises:
+        InputError: FB-E0513.
+    """
+    if device == "cpu":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError("FB-E0513", f"torch {torch.__version__} sees no CUDA device here")
+    index = torch.device(device).index
+    if index is not None and index >= torch.cuda.device_count():
+        raise InputError("FB-E0513", f"there are {torch.cuda.device_count()} CUDA devices, {device} is not among them")
 
 
 def room_for(out: Path, nbytes: int) -> int:
