@@ -34,6 +34,12 @@ REWRITES: dict[str, Rewrite] = {
         {"resid": True, "values": True, "untie": True},
         "Hadamard rotation of the residual stream and of every head's values (QuaRot R1, R2)",
     ),
+    "spin": Rewrite(
+        "spin",
+        frozenset({"tokens"}),
+        {"resid": True, "values": True, "untie": True, "steps": 100, "rate": 0.1, "batch": 4},
+        "learned rotations (SpinQuant R1, R2): the whole quantised model's KL from the float one, by Cayley steps",
+    ),
     "smooth": Rewrite(
         "smooth",
         frozenset({"absmax"}),
@@ -69,6 +75,8 @@ def check(names: Iterable[str], given: Mapping[str, Any]) -> list[FewbitError]:
     for name in names:
         if name not in REWRITES:
             problems.append(InputError("FB-E0741", f"no rewrite is called {name!r}; there are {', '.join(REWRITES)}"))
+    if "rotate" in names and "spin" in names:
+        problems.append(InputError("FB-E0741", "rotate and spin both rotate: name one of them"))
     if len(set(names)) != len(names):
         problems.append(InputError("FB-E0741", f"a rewrite is named twice: {', '.join(names)}"))
     for key, value in given.items():
@@ -101,9 +109,11 @@ def _check_value(key: str, option: str, value: Any, default: Any) -> list[Fewbit
             if odd
             else []
         )
+    if option == "rate" and not 0 < value <= 10:
+        return [InputError("FB-E0741", f"option {key} is above 0 and at most 10, got {value}")]
     if option == "alpha" and not 0 <= value <= 1:
         return [InputError("FB-E0741", f"option {key} lies between 0 and 1, got {value}")]
-    if option == "steps" and value < 1:
+    if option in ("steps", "batch") and value < 1:
         return [InputError("FB-E0741", f"option {key} is too small: {value}")]
     return []
 
@@ -117,8 +127,8 @@ def describe(names: Iterable[str], given: Mapping[str, Any], found: Spaces) -> t
         return [], [f"rewrites are off ({', '.join(names)}): {found.off}"]
     for name in names:
         options = options_of(name, given)
-        if name == "rotate":
-            said, problem = _describe_rotation(options, found)
+        if name in ("rotate", "spin"):
+            said, problem = _describe_rotation(name, options, found)
             does += said
             warnings += problem
             continue
@@ -133,19 +143,19 @@ def describe(names: Iterable[str], given: Mapping[str, Any], found: Spaces) -> t
     return does, warnings
 
 
-def _describe_rotation(options: Mapping[str, Any], found: Spaces) -> tuple[list[str], list[str]]:
+def _describe_rotation(name: str, options: Mapping[str, Any], found: Spaces) -> tuple[list[str], list[str]]:
     does: list[str] = []
     warnings: list[str] = []
     resid = found.one("resid")
     if options["resid"] and rotates_residual(options, found):
-        does.append(f"rotate: the residual stream of {resid.size if resid else 0} channels")
+        does.append(f"{name}: the residual stream of {resid.size if resid else 0} channels")
     elif options["resid"]:
         warnings.append(
-            f"rotate: not the residual stream: {found.no_rotation or 'the head is tied to the embedding, and rotate.untie=false'}"
+            f"{name}: not the residual stream: {found.no_rotation or f'the head is tied to the embedding, and {name}.untie=false'}"
         )
     heads = [space for space in found.all if space.kind == "attn_v" and space.writers]
     if options["values"] and heads:
-        does.append(f"rotate: the values of {len(heads)} attention layers, per head of {heads[0].head}")
+        does.append(f"{name}: the values of {len(heads)} attention layers, per head of {heads[0].head}")
     return does, warnings
 
 

@@ -7,6 +7,7 @@ off the mean still does what it did; no norm needs replacing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -114,11 +115,23 @@ def rotate_residual(found: Spaces, q: Rotation, norms: dict[str, torch.Tensor]) 
     return merge(*parts)
 
 
-def rotate_values(found: Spaces, seed: int) -> Steps:
-    """The values of every head turned by one matrix per layer (R2)."""
-    parts = [
-        turn(space, rotation(space.head, seed + 1 + (space.layer or 0)))
+def value_rotations(found: Spaces, seed: int) -> dict[str, Rotation]:
+    """One rotation per layer for the values of its heads, by the key of the space."""
+    return {
+        space.key: rotation(space.head, seed + 1 + (space.layer or 0))
         for space in found.all
         if space.kind == "attn_v" and space.writers
-    ]
-    return merge(*parts)
+    }
+
+
+def rotate_values(found: Spaces, rotations: Mapping[str, Rotation]) -> Steps:
+    """The values of every head turned by one matrix per layer (R2)."""
+    spaces = [space for space in found.all if space.kind == "attn_v" and space.key in rotations]
+    return merge(*(turn(space, rotations[space.key]) for space in spaces))
+
+
+def dense(q: Rotation) -> Dense:
+    """A rotation as a matrix, float64; of one that keeps the mean, the part that is free (order n - 1)."""
+    if isinstance(q, KeepsMean):
+        return dense(q.inner)
+    return q if isinstance(q, Dense) else Dense(q.apply(torch.eye(q.size, dtype=torch.float64)).T.contiguous())

@@ -2,8 +2,9 @@
 
     open_source ─> RewrittenSource ─> plan, engine, solvers, GGUF conversion: all read the rewritten model and need not know
 
-Rotations are known from the start, so they work without calibration. Scales (smooth, awq) are decided before anything is solved, by one
-walk of the calibration text through the float model; each block's are journalled as they are found, so a killed run goes on with the same.
+Random rotations are known from the start, so they work without calibration; learned ones (`run.spin`) begin with them. Scales (smooth, awq) are
+decided before anything is solved, by one walk of the calibration text through the float model; each block's are journalled as they are found,
+so a killed run goes on with the same.
 Rotations come first, whatever the order in the recipe. A scale that a norm carries is chosen so that the new gain is exact in the
 norm's own dtype: the rewritten model is equal to the source as it will be stored, not only in higher precision.
 """
@@ -11,6 +12,7 @@ norm's own dtype: the rewritten model is equal to the source as it will be store
 from __future__ import annotations
 
 import base64
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +20,7 @@ import torch
 from fewbit.arch.rewrite import Step, Steps, apply_steps, merge, scale
 from fewbit.arch.rewrite_spaces import Space, spaces
 from fewbit.arch.rewrite_table import check, describe, options_of, rotates_residual
-from fewbit.arch.rotate import Rotation, rotate_residual, rotate_values, rotation
+from fewbit.arch.rotate import Rotation, rotate_residual, rotate_values, rotation, value_rotations
 from fewbit.base.manifest import Manifest, TensorInfo
 from fewbit.num.qtensor import QTensor
 from fewbit.plan.recipe import Recipe
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from fewbit.run.engine import _Run
 
 HEAD = "lm_head.weight"
+RESIDUAL = "resid"
 
 
 class RewrittenSource(Source):
@@ -51,8 +54,11 @@ class RewrittenSource(Source):
         self._scales: Steps = {}
         on = not self.spaces.off
         self.scaled = tuple(name for name in ("smooth", "awq") if on and name in recipe.rewrites)
-        if on and "rotate" in recipe.rewrites:
-            self._rotate(recipe.seed)
+        self.rotates = next((name for name in ("rotate", "spin") if on and name in recipe.rewrites), "")
+        self._start: dict[str, Rotation] = {}
+        if self.rotates:
+            self._start = self._rotations(recipe.seed)
+            self._base = self.rotated(self._start)
 
     # ---- reading
 
@@ -64,8 +70,12 @@ class RewrittenSource(Source):
         """The tensor as rotations leave it, before scales."""
         return self._read(name, self._base.get(name, ()))
 
+    def read_stored(self, name: str) -> torch.Tensor:
+        """The tensor before any rewrite; the embedding for a head that was given a tensor of its own."""
+        return self.inner.read(self._stored_name(name))
+
     def _read(self, name: str, steps: tuple[Step, ...]) -> torch.Tensor:
-        tensor = self.inner.read(self._stored_name(name))
+        tensor = self.read_stored(name)
         return apply_steps(tensor, steps) if steps else tensor
 
     def _stored_name(self, name: str) -> str:
@@ -84,14 +94,22 @@ class RewrittenSource(Source):
 
     # ---- rotation
 
-    def _rotate(self, seed: int) -> None:
-        options = options_of("rotate", self.options)
+    def _rotations(self, seed: int) -> dict[str, Rotation]:
+        """The rotations that need no data, by the key of their space; unties the head where the residual stream is turned."""
+        options = options_of(self.rotates, self.options)
+        found: dict[str, Rotation] = {}
         if rotates_residual(options, self.spaces):
             if self.spaces.tied:
                 self._untie()
-            self._base = rotate_residual(self.spaces, self._residual_rotation(seed), self._norms())
-        if options["values"]:
-            self._base = merge(self._base, rotate_values(self.spaces, seed))
+            found[RESIDUAL] = self._residual_rotation(seed)
+        return {**found, **(value_rotations(self.spaces, seed) if options["values"] else {})}
+
+    def rotated(self, rotations: dict[str, Rotation]) -> Steps:
+        """The steps that fold rotations into the model."""
+        steps: Steps = {}
+        if RESIDUAL in rotations:
+            steps = rotate_residual(self.spaces, rotations[RESIDUAL], self._norms)
+        return merge(steps, rotate_values(self.spaces, rotations))
 
     def _residual_rotation(self, seed: int) -> Rotation:
         resid, family = self.spaces.one("resid"), self.spaces.family
@@ -104,10 +122,11 @@ class RewrittenSource(Source):
         self._untied = HEAD
         self.manifest, self.config = untied(self.inner.manifest, self.inner.config, self.spaces.embed)
         self.does.append(
-            f"rotate: the head gets a tensor of its own, {embed.nbytes:,} bytes more before it is quantised"
+            f"{self.rotates}: the head gets a tensor of its own, {embed.nbytes:,} bytes more before it is quantised"
         )
         self.spaces = spaces(self.manifest, self.config)
 
+    @functools.cached_property
     def _norms(self) -> dict[str, torch.Tensor]:
         names = [name for space in self.spaces.all for name in (*space.gains, *space.shifts)]
         return {name: self.inner.read(name).double() for name in names}
@@ -115,7 +134,11 @@ class RewrittenSource(Source):
     # ---- scales
 
     def decide(self, run: _Run) -> None:
-        """Finds the scales of smooth and awq, or takes them from an interrupted run's journal; then `read` applies them."""
+        """Learns rotations and finds the scales of smooth and awq, or takes them from an interrupted run's journal; then `read` applies them."""
+        if self.rotates == "spin" and self._start:
+            from fewbit.run.spin import learned
+
+            self._base = self.rotated(learned(self, run, self._start))
         if not self.scaled:
             return
         from fewbit.run.scales import Walk

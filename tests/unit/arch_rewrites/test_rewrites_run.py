@@ -116,7 +116,8 @@ def test_an_architecture_without_data_is_quantised_without_rewrites(tmp_path: Pa
 @pytest.mark.parametrize(
     ("rewrites", "options"),
     [(["nonsense"], {}), (["smooth", "smooth"], {}), ([], {"smooth.alpha": 0.4}), (["smooth"], {"smooth.beta": 1}), (["smooth"], {"smooth.alpha": 2.0}),
-     (["smooth"], {"smooth.spaces": "resid"}), (["awq"], {"awq.steps": "many"}), (["rotate"], {"rotate.resid": 1})],
+     (["smooth"], {"smooth.spaces": "resid"}), (["awq"], {"awq.steps": "many"}), (["rotate"], {"rotate.resid": 1}),
+     (["rotate", "spin"], {}), (["spin"], {"spin.rate": 0.0}), (["spin"], {"spin.batch": 0})],
 )  # fmt: skip
 def test_words_that_make_no_sense_are_refused(rewrites: list[str], options: dict[str, Any], tmp_path: Path) -> None:
     make("llama", tmp_path / "model")
