@@ -14,7 +14,7 @@ import torch
 from fewbit.base.errors import InputError
 from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import Scheme
-from fewbit.runtime.kernels import direct, int4, int8, packed
+from fewbit.runtime.kernels import direct, gpu, int4, int8, packed
 
 Held = Mapping[str, torch.Tensor]
 
@@ -47,6 +47,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("int4", int4.accepts, int4.to_layout, int4.from_layout, int4.matmul, sixteen=True),
     Layout("direct", direct.accepts, direct.to_layout, direct.from_layout, direct.matmul),
     Layout("int8", int8.accepts, int8.to_layout, int8.from_layout, int8.matmul, sixteen=True),
+    Layout("triton", gpu.accepts, gpu.to_layout, gpu.from_layout, gpu.matmul),
     Layout("packed", packed.accepts, packed.to_layout, packed.from_layout, packed.matmul),
 )
 

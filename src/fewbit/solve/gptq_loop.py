@@ -5,7 +5,7 @@
 
 Column blocks are visited in order; inside one, with G, tiles of rows. What earlier blocks and tiles feed to a tile arrives by matrix
 products; inside a tile a kernel goes weight by weight (`math.kernels.gptq`). The plain torch versions beside it (`round_block`,
-`round_tile`) do the same and serve as reference and on other devices.
+`round_tile`) do the same and serve as reference and on other devices; on CUDA a Triton kernel takes the place of the first.
 
 Vector grids round `dim` columns at once: the factor is taken blockwise, so that inside a vector the nearest-vector search itself does the work.
 """
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fewbit.math.kernels import has_triton
 from fewbit.math.linalg import Feedback
 from fewbit.math.rounding import nearest
 from fewbit.num.grid import FloatGrid, Grid, IntGrid, VectorGrid
@@ -205,6 +206,16 @@ def _kernel_block(
         gptq.round_tile(*wx, *across_rows, *arrays, *grid, *written)
 
 
+def _triton_block(rounder: Rounder, block: Block) -> None:
+    """`round_block` by the Triton kernel (CUDA)."""
+    from fewbit.math.kernels import gptq_triton
+
+    p = block.params
+    grid = (rounder.uniform, rounder.low, rounder.high, rounder.levels, rounder.edges)
+    written = (block.codes, block.out, block.choice, block.loss)
+    gptq_triton.round_rows(block.w, block.x, block.upper, block.weight, p.scale, p.zero, p.shift, p.gid, *grid, *written)
+
+
 @dataclass
 class Outcome:
     """What the loop found, in visiting order.
@@ -247,7 +258,7 @@ def run_loop(
         rows: factor of the outputs' gram, for two-sided feedback.
         plain: use plain torch instead of the compiled kernel.
     """
-    plain = plain or w.device.type != "cpu"
+    plain = plain or w.device.type not in ("cpu", "cuda") or (w.device.type == "cuda" and not has_triton())
     dim = grid.dim
     codes = torch.empty(w.shape[0], w.shape[1] // dim, dtype=code_dtype(grid), device=w.device)
     error, loss = torch.zeros_like(w), 0.0
@@ -291,13 +302,14 @@ def _round_scalars(
     loss = torch.zeros(count, dtype=torch.float64, device=device)
     block = Block(w, w + fed, upper, weight, params, index, torch.empty_like(w), choice, loss)
     if rows is None:
-        (round_block if plain else _kernel_block)(rounder, block)
+        (round_block if plain else _triton_block if device.type == "cuda" else _kernel_block)(rounder, block)
     else:
         for a in range(0, count, TILE):
             b = min(a + TILE, count)
             block.x[a:b] += rows.upper[:a, a:b].T @ fed[:a]
             tile = Feedback(rows.upper[a:b, a:b], rows.pivot[a:b], rows.dead[a:b], rows.damping)
-            (round_tile if plain else _kernel_block)(rounder, block.rows(a, b), fed[a:b], tile)
+            by_rows = round_tile if plain or device.type == "cuda" else _kernel_block
+            by_rows(rounder, block.rows(a, b), fed[a:b], tile)
     return rounder.final_codes(index), block.out, float(loss.sum()), choice
 
 
