@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log2
 from typing import Any
 
@@ -19,7 +19,7 @@ from fewbit.plan.kv import KvLayer
 from fewbit.plan.memory import Needed, Use, longest_context, needed, offload
 from fewbit.plan.shapes import Model
 from fewbit.plan.sizes import STORAGES, Size, size_of
-from fewbit.plan.throughput import Speed, compute_dtype, matmul_params, speed, step_seconds
+from fewbit.plan.throughput import Speed, compute_dtype, matmul_params, offloaded_decode, speed, step_seconds
 
 # (quality, speed, size): how much each counts
 PRIORITIES = {
@@ -150,6 +150,13 @@ def _judge(
     split = offload(model, storage, layers, use, device)
     ceiling = speed(model, size, layers, use, device)
     ratio, prefill, notes = _against_bf16(model, size, base, layers, use, device)
+    if not fit:  # BF16 does not fit either: both are held up by what they read from main memory
+        slow = offloaded_decode(size, split, layers, use, device)
+        other = offloaded_decode(base, offload(model, base.storage, layers, use, device), layers, use, device)
+        ceiling, ratio = replace(ceiling, decode=slow, bound="main memory"), slow / other if other else 1.0
+        notes.append(
+            "layers in main memory set the pace: a smaller scheme, a shorter context or a second device helps most"
+        )
     calibrated = row.get("calibration", False) and wish.calibration
     kl = (row["kl"] if calibrated or "kl_without" not in row else row["kl_without"]) * size_factor(model.params)
     risk, risks = _risk(kl, row, model, wish)
@@ -231,8 +238,6 @@ def _scored(option: Option, base: Size, bears: float, priority: str) -> Option:
     score = -quality * (loss + max(0.0, loss - 1.0) * 3.0)
     score += fast * (log2(max(option.speedup, 1e-3)) + 0.25 * log2(max(option.prefill_ratio, 1e-3)))
     score += small * log2(base.total / option.size.total)
-    if not option.fits:
-        score -= 2.0 * (1.0 - option.on_device / max(1, option.layers)) * 4.0
     return Option(**{**option.__dict__, "score": score})
 
 

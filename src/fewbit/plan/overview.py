@@ -30,7 +30,6 @@ CLASSES = (8, 12, 16, 24, 32, 48, 80, 141, 192)  # memories that cards come with
 SHOWN = (
     "RTX 4060", "RTX 4070", "RTX 4080", "RTX 4090", "RTX 5090", "RTX PRO 6000", "H100", "H200", "B200", "Apple M4 Max 128GB", "Desktop DDR5 64GB",
 )  # fmt: skip
-HOST_BANDWIDTH = 64e9  # main memory read by a CPU for layers that did not fit, an assumption
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def _row(
         on.append(
             OnDevice(
                 device.name, fits(model, size, layers, use, device), longest_context(model, size, layers, use, device), split,
-                speed(model, size, layers, use, device), _offloaded(size, split, layers, use, device),
+                speed(model, size, layers, use, device), offloaded_decode(size, split, layers, use, device),
             )
         )  # fmt: skip
     holders = tuple(name for name, device in devices().items() if needs.total <= device.budget)
@@ -176,13 +175,6 @@ def _row(
         tuple(on),
         holders,
     )
-
-
-def _offloaded(size: Size, split: Split, layers: tuple[KvLayer, ...], use: Use, device: Device) -> float:
-    """Decoding ceiling when some layers stay in main memory; the same share of each part is active."""
-    share = size.active / max(1, size.total)
-    cache = kv_bytes(layers, use.context, 1, use.kv_dtype)
-    return offloaded_decode(split.device_bytes * share + cache, split.host_bytes * share, device, HOST_BANDWIDTH)
 
 
 def _best_by_memory(model: Model, layers: tuple[KvLayer, ...], wish: Wish) -> tuple[tuple[int, Option | None], ...]:

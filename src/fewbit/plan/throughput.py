@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 from fewbit.plan.devices import Device
 from fewbit.plan.kv import KvLayer, kv_bytes
-from fewbit.plan.memory import Use
+from fewbit.plan.memory import Split, Use
 from fewbit.plan.shapes import Model
 from fewbit.plan.sizes import Size, Storage, active_bytes, all_bytes
+
+HOST_BANDWIDTH = 64e9  # main memory read by a CPU for layers that did not fit, an assumption
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Speed:
     Attributes:
         decode: of the whole batch.
         prefill: of one prompt of the whole context.
-        bound: what limits decoding at this batch, "memory" or "compute".
+        bound: what limits decoding at this batch: "memory", "compute", or "main memory" where layers did not fit.
         compute: dtype in which it multiplies on this device.
     """
 
@@ -120,8 +122,13 @@ def step_seconds(
     return max(read, 2.0 * matmul_params(model) * use.batch / rate) + cache
 
 
-def offloaded_decode(device_bytes: float, host_bytes: float, device: Device, host_bandwidth: float) -> float:
-    """Ceiling of one sequence when layers stay in main memory: each part is read at its own speed, one after the other."""
-    if not device.bandwidth or not host_bandwidth:
+def offloaded_decode(size: Size, split: Split, layers: tuple[KvLayer, ...], use: Use, device: Device) -> float:
+    """Ceiling of one sequence when layers stay in main memory: each part is read at its own speed, one after the other.
+
+    The same share of each part is taken to be active; 0 where the device's bandwidth is unknown.
+    """
+    if not device.bandwidth:
         return 0.0
-    return 1.0 / (device_bytes / device.bandwidth + host_bytes / host_bandwidth)
+    share = size.active / max(1, size.total)
+    cache = kv_bytes(layers, use.context, 1, use.kv_dtype)
+    return 1.0 / ((split.device_bytes * share + cache) / device.bandwidth + split.host_bytes * share / HOST_BANDWIDTH)

@@ -190,3 +190,12 @@ def test_recommendations_by_memory_get_better_with_memory() -> None:
     assert losses[-1] == 0
     for size, option in made.by_memory:
         assert option is None or option.needed.total <= size * (1 << 30)
+
+
+def test_layers_in_main_memory_set_the_pace() -> None:
+    asked = ask("llama-3.1-70b", "RTX 4090", engine="llama.cpp", task="code", priority="quality")
+    best = asked.options[0]
+    assert not best.fits and best.kl < 0.01
+    left = best.size.total * (1 - best.on_device / best.layers)
+    assert best.speed.decode == pytest.approx(1 / (left / 64e9 + (best.size.total - left) / 1.008e12), rel=0.15)
+    assert best.speed.bound == "main memory"
