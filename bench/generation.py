@@ -58,7 +58,9 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         paths = {str(path): path for path in given.made}
         for method in given.ours:
-            api.quantize(SAMPLE, to=f"compressed-tensors:{given.scheme}", method=method, out=folder / method, verify=False)
+            api.quantize(
+                SAMPLE, to=f"compressed-tensors:{given.scheme}", method=method, out=folder / method, verify=False
+            )
             paths[method] = folder / method
         source = stack.enter_context(open_source(SAMPLE))
         base = Resident(Runner(source))
@@ -75,7 +77,14 @@ def main() -> None:
                 {"who": name, "same_tokens": found.agreement, "repetition": found.repetition, "base_repetition": found.base_repetition, "nats": nats}
             )  # fmt: skip
             examples[name] = tokenizer.inner.decode(said[0][0].tolist())
-    out = {"bench": "generation", "scheme": given.scheme, "prompts": len(PROMPTS), "count": given.count, "rows": rows, "examples": examples}
+    out = {
+        "bench": "generation",
+        "scheme": given.scheme,
+        "prompts": len(PROMPTS),
+        "count": given.count,
+        "rows": rows,
+        "examples": examples,
+    }
     print(json.dumps(out, indent=1))
 
 

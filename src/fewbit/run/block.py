@@ -32,7 +32,7 @@ from fewbit.run.fisher import OUTPUT, TOKENS, fisher_pass, load_grams
 from fewbit.run.hf import Params, Slot
 from fewbit.run.lanes import in_lanes
 from fewbit.run.observe import Observer, StopForward, Use
-from fewbit.run.passes import Stream, collect, kept_bytes, survey
+from fewbit.run.passes import Kept, Stream, collect, kept_bytes, survey
 from fewbit.run.stages import Block, ByExpert, Stage, find_stages, top_up
 from fewbit.run.start import batch_size, block_model, fill, lanes_for, text_for
 from fewbit.run.together import Together, wants
@@ -58,9 +58,12 @@ class Calibrated:
             run.settings.on_event({"event": "note", "text": f"warning: {warning}"})
         self.tokens = text.tokens
         self.scratch = run.sinks[0].scratch
-        self.room = calibrated_budget(run.plan, run.source.manifest, run.settings.ram, run.settings.workers)
-        self.batch = batch_size(self.tokens)
+        self.room = calibrated_budget(
+            run.plan, run.source.manifest, run.settings.ram, run.settings.workers, run.settings.vram or None
+        )
         self.lanes = lanes_for(run.source, run.settings.device)
+        self.batch = batch_size(self.tokens, self.lanes)
+        self.structures: dict[tuple[str, tuple[str, ...]], tuple[list[Stage], list[Kept] | None]] = {}
 
     # ---- the walk
 
@@ -159,8 +162,8 @@ class Calibrated:
         together = floats is not None and any(
             wants(self.answers.by_tensor[s.name]) for held in slots.values() for s in held
         )
-        stages = find_stages(block, params, slots, quantised.get(0)[:1])
-        first, second = self._streams(block, stages, params, originals, quantised, floats)
+        stages, kept = self._structure(block, params, slots, quantised.get(0)[:1])
+        first, second = self._streams(block, stages, kept, params, originals, quantised, floats)
         for number, stage in enumerate(stages):
             names = [slot.name for name in stage.params for slot in slots[name]]
             stats = collect(first, second, number, self.needs, self.run._check_stop, self._matter(names))
@@ -181,6 +184,16 @@ class Calibrated:
             yield from self._improve(block, params, quantised, floats, solved, known)
         else:
             first.finish(self.run._check_stop)
+
+    def _structure(
+        self, block: Block, params: Params, slots: dict[str, list[Slot]], hidden: torch.Tensor
+    ) -> tuple[list[Stage], list[Kept] | None]:
+        """The stages of a block and what to keep of each; looked for once for all blocks of a kind."""
+        key = (self.model.kind(block.index), tuple(slots))
+        if key not in self.structures:
+            stages = find_stages(block, params, slots, hidden)
+            self.structures[key] = stages, survey(block, params, stages, hidden) if stages else None
+        return self.structures[key]
 
     def _improve(
         self,
@@ -207,13 +220,13 @@ class Calibrated:
         self,
         block: Block,
         stages: list[Stage],
+        kept: list[Kept] | None,
         params: Params,
         originals: Params | None,
         quantised: ActStore,
         floats: ActStore | None,
     ) -> tuple[Stream, Stream | None]:
         """The quantised and the float stream through a block."""
-        kept = survey(block, params, stages, quantised.get(0)[:1]) if stages else None
         tokens = self.tokens.shape[1] * (quantised.shape[0] + (floats.shape[0] if floats is not None else 0))
         spill = kept is not None and kept_bytes(kept, tokens, quantised.dtype.itemsize) > self.room.kept
         files = {name: self.scratch / f"kept-{name}" if spill else None for name in ("quantised", "float")}

@@ -233,6 +233,22 @@ class BlockModel:
         """A block's arguments for `batch` sequences, from those that were recorded with `recorded` sequences."""
         return kwargs if batch == recorded else {name: _cut(value, recorded, batch) for name, value in kwargs.items()}
 
+    def kind(self, index: int) -> str:
+        """Blocks of one kind do the same with their parameters: their modules agree in all but their number in the model."""
+
+        def plain(module: nn.Module) -> list[tuple[str, Any]]:
+            held = (
+                (name, value)
+                for name, value in vars(module).items()
+                if isinstance(value, (bool, int, float, str, type(None)))
+            )
+            return sorted((name, value) for name, value in held if name != "layer_idx")
+
+        block = self.blocks[index]
+        return repr(
+            [(name, type(module).__qualname__, plain(module)) for name, module in block.named_modules()]
+        ) + repr([(name, tuple(param.shape)) for name, param in block.named_parameters()])
+
     def prepare(self, index: int, lanes: int) -> None:
         """Makes the modules with which lanes beside the first run a block: a call puts parameters into its module for as long as it lasts."""
         if self._copied != index or len(self._copies) < lanes - 1:

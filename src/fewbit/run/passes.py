@@ -8,6 +8,9 @@ stage took in or gave out is kept, and later passes answer its products from mem
                          products of stage k - 1: computed now that its weights are settled, on the inputs kept in its own pass
                          products of stage k: seen, and the pass stops
 
+Inputs that are much wider than those of the stage before (what gate and up make) are not kept but made again from that stage's own inputs: one
+product more for most of the memory.
+
 Which outputs nobody looks at (those of q, k and v once the inputs of o are kept) is not read off names but tried: `survey` runs one sequence
 with NaN in their place and compares. What does not pass is kept; a block with experts is run from its start each time.
 """
@@ -34,6 +37,7 @@ from fewbit.run.lanes import in_lanes
 from fewbit.run.observe import Observer, StopForward, Use
 from fewbit.run.stages import Block, ByExpert, Stage
 
+WIDE = 2  # times the width of the inputs of the stage before
 DAMPING = 0.003  # share of the mean diagonal in the regression of the float model's inputs on the quantised model's
 Run = Callable[[torch.Tensor], torch.Tensor]
 """A block with its parameters and arguments, on hidden states [sequences, length, width]."""
@@ -47,12 +51,14 @@ class Kept:
         outputs: whether products that are done must be answered truly; if not, with NaN.
         inputs: whether its inputs must be kept from its own pass to the next, because earlier products are NaN by then.
         width: channels of its inputs; widths: of its products, by parameter.
+        again: whether its inputs are made again in the next pass from the products of the stage before, instead of being kept.
     """
 
     outputs: bool
     inputs: bool
     width: int
     widths: dict[str, int]
+    again: bool = False
 
 
 def survey(block: Block, params: Params, stages: list[Stage], hidden: torch.Tensor) -> list[Kept] | None:
@@ -81,7 +87,9 @@ def survey(block: Block, params: Params, stages: list[Stage], hidden: torch.Tens
         looked_at = last or not _same(run, tracked, stage_of, found, k, inputs, products, hidden, true)
         poisoned = _poisoned(run, tracked, stage_of, found, k, products, hidden)
         widths = {name: products[name].shape[-1] for name in names}
-        found.append(Kept(looked_at, poisoned, inputs[names[0]].shape[-1], widths))
+        width = inputs[names[0]].shape[-1]
+        again = poisoned and k > 0 and not found[k - 1].inputs and width >= WIDE * found[k - 1].width
+        found.append(Kept(looked_at, poisoned and not again, width, widths, again))
     return found
 
 
@@ -322,7 +330,7 @@ class Stream:
 
         def answer(use: Use) -> torch.Tensor | None:
             k, shape = self.stage_of[use.param], use.x.shape[:-1]
-            if k >= stage - 1:
+            if k >= stage - 1 or (k == stage - 2 and self.kept[stage - 1].again):
                 return None
             if not self.kept[k].outputs:
                 return _nan(use.x, (*shape, self.kept[k].widths[use.param]))

@@ -63,9 +63,9 @@ def _vocabulary(source: Source) -> int:
     return max(sizes, default=1 << 62)
 
 
-def batch_size(tokens: torch.Tensor) -> int:
-    """Sequences that are run at once: some `BATCH_TOKENS` tokens."""
-    return min(tokens.shape[0], max(1, BATCH_TOKENS // tokens.shape[1]))
+def batch_size(tokens: torch.Tensor, lanes: int = 1) -> int:
+    """Sequences that are run at once in a lane: some `BATCH_TOKENS` tokens in all lanes."""
+    return min(tokens.shape[0], max(1, BATCH_TOKENS // lanes // tokens.shape[1]))
 
 
 def fill(model: BlockModel, trunk: Params, tokens: torch.Tensor, stores: list[ActStore]) -> None:
