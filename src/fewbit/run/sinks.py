@@ -6,10 +6,10 @@ durable, then journalled: a job in the journal is on the disk.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -134,13 +134,13 @@ class Ledger:
 class Rows:
     """A tensor that is written tile by tile: what was written so far."""
 
-    state: Any = field(default_factory=hashlib.sha256)
+    crc32: int = 0
     size: int = 0
     loss: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     def add(self, view: memoryview, solved: Solved) -> None:
-        self.state.update(view)
+        self.crc32 = zlib.crc32(view, self.crc32)
         self.size += len(view)
         self.loss += solved.loss
         self.notes += [note for note in solved.notes if note not in self.notes]
@@ -178,24 +178,24 @@ class ShardSink:
         self._ledger.flush()
 
     def is_done(self, job: Job) -> bool:
-        """Whether an earlier run wrote this job; what it wrote is read back and compared with the journal's hashes."""
+        """Whether an earlier run wrote this job; what it wrote is read back and compared with the journal's checksums."""
         if job.target not in self._ledger:
             return False
-        hashes = self._ledger.entry(job.target).get("sha256", {})
-        return set(hashes) == set(job.writes) and all(
-            self.writer.hash_tensor(name) == value for name, value in hashes.items()
+        found = self._ledger.entry(job.target).get("crc32", {})
+        return set(found) == set(job.writes) and all(
+            self.writer.checksum(name) == value for name, value in found.items()
         )
 
     def done(self, job: Job) -> dict[str, Any]:
         return self._ledger.entry(job.target)
 
     def put(self, job: Job, solved: Solved) -> None:
-        hashes = {}
+        checksums = {}
         for name, tensor in self.encode(job, solved.q).items():
             view = as_bytes(tensor.contiguous())
             self.writer.write_at(name, 0, view)
-            hashes[name] = hashlib.sha256(view).hexdigest()
-        self._ledger.add(job.target, {"sha256": hashes, "loss": solved.loss, "notes": list(solved.notes)})
+            checksums[name] = zlib.crc32(view)
+        self._ledger.add(job.target, {"crc32": checksums, "loss": solved.loss, "notes": list(solved.notes)})
 
     def put_rows(self, job: Job, start: int, solved: Solved) -> None:
         """Writes the rows of a tensor from row `start` on; tiles come in order, for jobs that say `by_rows`, which store one tensor."""
@@ -209,10 +209,8 @@ class ShardSink:
     def end_rows(self, job: Job) -> None:
         """Journals a tensor all of whose rows are written."""
         done = self._rows.pop(job.target)
-        self._ledger.add(
-            job.target,
-            {"sha256": {next(iter(job.writes)): done.state.hexdigest()}, "loss": done.loss, "notes": done.notes},
-        )
+        (name,) = job.writes
+        self._ledger.add(job.target, {"crc32": {name: done.crc32}, "loss": done.loss, "notes": done.notes})
 
     def saw(self, name: str, stats: Mapping[int | None, Stats]) -> None:
         """Takes note of what calibration saw of the inputs of a stored weight, per expert of a stack; most outputs have no use for it."""
@@ -232,14 +230,13 @@ class ShardSink:
     def copy_pieces(self, job: Job, pieces: Iterator[torch.Tensor]) -> None:
         """Writes a kept tensor piece by piece, from its first byte on."""
         (name,) = job.writes
-        state = hashlib.sha256()
-        at = 0
+        at = checksum = 0
         for piece in pieces:
             view = as_bytes(piece.contiguous())
             self.writer.write_at(name, at, view)
-            state.update(view)
+            checksum = zlib.crc32(view, checksum)
             at += len(view)
-        self._ledger.add(job.target, {"sha256": {name: state.hexdigest()}, "loss": None, "notes": []})
+        self._ledger.add(job.target, {"crc32": {name: checksum}, "loss": None, "notes": []})
 
     def close_journal(self) -> None:
         """Flushes the journal: everything is on the disk."""

@@ -22,7 +22,7 @@ from fewbit.run.pieces import cat_rows
 def test_a_journal_remembers_and_ignores_a_torn_last_line(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     journal = Journal(path, {"source": "a", "recipe.to": ["x"]})
-    journal.record("one", {"sha256": {"w": "12"}})
+    journal.record("one", {"crc32": {"w": 12}})
     journal.note("block", {"index": 3})
     journal.close()
     with open(path, "ab") as file:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_round_trip_read_by_the_library_and_by_us(tmp_path: Path, shard_bytes: i
         for name in reversed(tensors):
             writer.write(name, tensors[name])
             assert bytes(writer.read_back(name)) == bytes_of(tensors[name])
-            assert writer.hash_tensor(name, chunk=5) == hashlib.sha256(bytes_of(tensors[name])).hexdigest()
+            assert writer.checksum(name, chunk=5) == zlib.crc32(bytes_of(tensors[name]))
         assert writer.finish(CONFIG, [extra], {"made_by": "test"}) == tmp_path / "out"
     found: dict[str, torch.Tensor] = {}
     for shard in layout.shards:
