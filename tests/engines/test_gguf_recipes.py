@@ -94,7 +94,7 @@ def test_types_of_falcon(tmp_path: Path) -> None:
     import transformers
 
     config = transformers.FalconConfig(
-        vocab_size=8192, hidden_size=256, num_hidden_layers=17, num_attention_heads=4, alibi=False
+        vocab_size=8192, hidden_size=256, num_hidden_layers=17, num_attention_heads=4, num_kv_heads=1, alibi=False
     )
     folder = tmp_path / "model"
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
