@@ -169,7 +169,7 @@ def test_packed_zero_points_load_only_decoded(tmp_path: Path) -> None:
     result = run_driver(
         "hf", "transformers", {"model": without_dequantising(ours), "prompts": PROMPTS[:1]}, check=False
     )
-    assert not result["ok"] and "zero_point" in result["message"] + result["traceback"], result
+    assert not result["ok"] and "mismatched" in result["message"], result
 
 
 def with_cache_scales(place: Path) -> Path:

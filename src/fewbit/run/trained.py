@@ -19,6 +19,7 @@ import fewbit
 from fewbit.arch.infer import facts
 from fewbit.base.errors import FewbitError, InputError, Refusals
 from fewbit.formats.gguf.ops import _batch, _rows, apply_quantised, stack_quantised
+from fewbit.formats.gguf.types import type_of
 from fewbit.formats.gguf.vocabulary import FILES as VOCABULARY_FILES
 from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import Scheme
@@ -109,7 +110,7 @@ def export(
 
 def plan_export(source: Source, scheme: Scheme, to: str, names: set[str]) -> Plan:
     """The plan under which exactly the named tensors are stored, in exactly this scheme."""
-    target = to if ":" in to else f"{to}:{scheme}"
+    target = to if ":" in to else f"{to}:{_word_for(to, scheme)}"
     files = {path.name: path.read_bytes() for path in source.checkpoint.aux_files if path.name in VOCABULARY_FILES}
 
     def made(rules: tuple[Rule, ...]) -> Plan:
@@ -127,6 +128,12 @@ def plan_export(source: Source, scheme: Scheme, to: str, names: set[str]) -> Pla
             what = f"{to} would store it as {job.scheme}, it was trained as {scheme}"
             raise InputError("FB-E0917", what, tensor=job.name)
     return plan
+
+
+def _word_for(to: str, scheme: Scheme) -> str:
+    """How a format spells a scheme: a GGUF has one type for all matrices."""
+    kind = type_of(scheme) if to == "gguf" else None
+    return str(scheme) if kind is None else f"pure-{kind.name}"
 
 
 def _exceptions(output: Output, names: set[str], scheme: Scheme) -> tuple[Rule, ...]:

@@ -149,12 +149,14 @@ def train_checkpoint(
 def decided(source: Source, to: str) -> tuple[Scheme, set[str]]:
     """The scheme that a target gives the weights, and the parameters that it quantises by default.
 
+    Embedding and head stay in floating point: where they are tied, no training here reaches them, and a GGUF recipe gives them a type of their own.
+
     Raises:
         Refusals: as `quantize`. InputError: FB-E0917 for a target of several schemes.
     """
     files = {path.name: path.read_bytes() for path in source.checkpoint.aux_files if path.name in VOCABULARY_FILES}
     plan = resolve(source.manifest, source.config, Recipe(to=(to,)), source=str(source.root), files=files)
-    jobs = plan.outputs[0].quantised
+    jobs = [job for job in plan.outputs[0].quantised if job.role not in ("embed", "head")]
     schemes = {job.scheme for job in jobs}
     if len(schemes) != 1:
         words = ", ".join(sorted(map(str, schemes)))

@@ -253,3 +253,17 @@ def test_memory_is_what_arithmetic_says() -> None:
     )  # 4 bits, f16 scale as stored, bf16 scale and zero for the kernel
     assert int4.nbytes == numel // 2 + (2 + 4) * numel // 128
     assert "nf4-g64-dq" in repr(nf4) and "kernel=direct" in repr(nf4)
+
+
+@pytest.mark.parametrize("tokens", (1, 4, 9))
+def test_int8_wherever_inputs_and_codes_lie(tokens: int) -> None:
+    """torch's product ends in a segmentation fault for inputs that do not lie at 32 bytes, or codes at 16; a crash here is that."""
+    q = quantize(parse_scheme("int8-channel"), torch.randn(24, 64))
+    layer = QuantLinear(q, kernel="int8")
+    wide = torch.randn(tokens * 64 + 1).bfloat16()
+    x = wide[1:].view(tokens, 64)
+    moved = torch.empty(24 * 64 + 1, dtype=torch.int8)[1:].view(24, 64).copy_(layer.codes)
+    assert x.data_ptr() % 32 and moved.data_ptr() % 16
+    wanted = layer(x.clone())
+    layer.codes = moved
+    assert torch.equal(layer(x), wanted)

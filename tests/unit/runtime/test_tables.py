@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -165,7 +166,8 @@ def test_compiled_and_saved_without_pickles(word: str, tmp_path: Path) -> None:
     x = torch.randn(5, 64)
     with torch.no_grad():
         wanted = model(x)
-        assert torch.equal(torch.compile(model, backend="eager")(x), wanted)
+        for one in (model, copy.deepcopy(model)):
+            assert torch.equal(torch.compile(one, backend="aot_eager", fullgraph=True)(x), wanted)
         save_file(model.state_dict(), tmp_path / "m.safetensors")
         other = make()
         quantize_(other, word)

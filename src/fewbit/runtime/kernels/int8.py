@@ -16,6 +16,7 @@ from fewbit.num.grid import IntGrid
 from fewbit.num.scheme import Scheme
 from fewbit.runtime.kernels import packed
 
+ALIGNMENT = 64  # bytes; what torch's own allocations have
 FEW = 64  # tokens from which decoding the weight once is no dearer than torch's weight-only product
 
 Held = Mapping[str, torch.Tensor]
@@ -64,7 +65,13 @@ def matmul(x: torch.Tensor, held: Held, scheme: Scheme, shape: tuple[int, ...]) 
     if x.dtype == torch.float32 or x.shape[0] > FEW:
         return packed.matmul(x, held, scheme, shape)
     scale = _row_scale(held, scheme, shape).to(x.dtype).contiguous()
-    return torch._weight_int8pack_mm(x.contiguous(), held["codes"], scale)
+    return torch._weight_int8pack_mm(_aligned(x.contiguous()), _aligned(held["codes"]), scale)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor at an address that torch's product can read: its AVX-512 code takes bfloat16 inputs (32 bytes) and, from four tokens, codes (16 bytes)
+    for aligned and ends in a segmentation fault otherwise (torch 2.13). A row cut from a larger tensor, or a file mapped into memory, may lie anywhere."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def quantise_tokens(
