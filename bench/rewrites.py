@@ -1,8 +1,8 @@
 """What rewrites are for: KL against the float model on a sample with outlier channels, with and without each.
 
-    python bench/rewrites.py [--tokens 4096] [--work DIR] [--quick] > bench/results/rewrites.json
+    python bench/rewrites.py [--tokens 4096] [--work DIR] [--only NAME ...] [--into bench/results/rewrites.json]
 
-Each row is one question; `claims` says which hold. The variant with outliers is the same function as the sample (`make_outlier_sample`).
+Each row is one question; `claims` says which hold. With --into, rows join those of an earlier run in the file. The variant with outliers is the same function as the sample (`make_outlier_sample`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ W8, W8A8, W4A8 = (
 )
 STATIC = "compressed-tensors:int8-tensor+int8-tensor-static"
 SMOOTH, AWQ, ROTATE = {"rewrites": ["smooth"]}, {"rewrites": ["awq"]}, {"rewrites": ["rotate"]}
+SPIN = {"rewrites": ["spin"]}
 # name -> (target, recipe)
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "W8A16": (W8, {}),
@@ -44,10 +45,24 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "W8A8 token int8-split": ("dense:int8-channel", {"method": "int8-split"}),
     "W8A8 static": (STATIC, {}),
     "W8A8 static smooth": (STATIC, SMOOTH),
+    "W8A8 static percentile": (STATIC, {"activation_range": "percentile"}),
+    "W8A8 static mse": (STATIC, {"activation_range": "mse"}),
+    "W8A8 static smooth percentile": (STATIC, {**SMOOTH, "activation_range": "percentile"}),
+    "W8A8 static smooth mse": (STATIC, {**SMOOTH, "activation_range": "mse"}),
     "W4A8": (W4A8, {}),
+    "W4A8 rotate": (W4A8, ROTATE),
     "W4A8 smooth awq": (W4A8, {"rewrites": ["smooth", "awq"]}),
     "int4 g128": ("dense:int4-g128-asym", {}),
     "int4 g128 awq": ("dense:int4-g128-asym", AWQ),
+    "int4 g128 clip": ("dense:int4-g128-asym", {"method": "clip"}),
+    "int4 g128 awq clip": ("dense:int4-g128-asym", {**AWQ, "method": "clip"}),
+    "int3 g128 clip": ("dense:int3-g128-asym", {"method": "clip"}),
+    "int3 g128 awq clip": ("dense:int3-g128-asym", {**AWQ, "method": "clip"}),
+    "int3 channel rotate": ("dense:int3-channel", ROTATE),
+    "int3 channel spin": ("dense:int3-channel", SPIN),
+    "int4 channel spin": ("dense:int4-channel", SPIN),
+    "W4A4 rotate": ("compressed-tensors:int4-channel+int4-token", ROTATE),
+    "W4A4 spin": ("compressed-tensors:int4-channel+int4-token", SPIN),
     "int3 g128": ("dense:int3-g128-asym", {}),
     "int3 g128 awq": ("dense:int3-g128-asym", AWQ),
     "int4 channel": ("dense:int4-channel", {}),
@@ -122,6 +137,7 @@ def run(base: Path, work: Path, names: list[str], tokens: int, samples: int) -> 
             **words,
             "seconds": time.perf_counter() - started,
             "warnings": list(result.warnings),
+            "notes": list(result.notes.get("rotations", ())),
         }
         print(name, f"{rows[name]['seconds']:.1f} s", file=sys.stderr, flush=True)
     for (name, _), score in zip(made, evaluate([path for _, path in made], base, tokens=tokens), strict=True):
@@ -147,6 +163,15 @@ def claims(rows: dict[str, Any]) -> dict[str, Any]:
         "rotated W8A8 over W8A16": ratio("W8A8 token rotate", "W8A16"),
         "LLM.int8() over plain W8A8": ratio("W8A8 token int8-split", "W8A8 token"),
         "static smoothed over static plain": ratio("W8A8 static smooth", "W8A8 static"),
+        "static mse over static absmax": ratio("W8A8 static mse", "W8A8 static"),
+        "static percentile over static absmax": ratio("W8A8 static percentile", "W8A8 static"),
+        "static smoothed mse over static smoothed absmax": ratio("W8A8 static smooth mse", "W8A8 static smooth"),
+        "int4 g128, clips over plain": ratio("int4 g128 clip", "int4 g128"),
+        "int4 g128, AWQ with clips over AWQ": ratio("int4 g128 awq clip", "int4 g128 awq"),
+        "int3 g128, AWQ with clips over AWQ": ratio("int3 g128 awq clip", "int3 g128 awq"),
+        "int3 channel, learned over random rotation": ratio("int3 channel spin", "int3 channel rotate"),
+        "int4 channel, learned over random rotation": ratio("int4 channel spin", "int4 channel rotate"),
+        "W4A4, learned over random rotation": ratio("W4A4 spin", "W4A4 rotate"),
         "int4 g128, AWQ over plain": ratio("int4 g128 awq", "int4 g128"),
         "int3 g128, AWQ over plain": ratio("int3 g128 awq", "int3 g128"),
         "int4 channel, rotated over plain": ratio("int4 channel rotate", "int4 channel"),
@@ -160,6 +185,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=16, help="calibration sequences of 256 tokens")
     parser.add_argument("--work", type=Path, help="folder for what is made; a temporary one that goes by default")
+    parser.add_argument("--into", type=Path, help="file that the rows join; printed by default")
     parser.add_argument("--only", nargs="*", choices=list(RUNS), default=list(RUNS))
     words = parser.parse_args()
     torch.set_num_threads(1)
@@ -168,8 +194,11 @@ def main() -> None:
         outlier = work / "outlier"
         channels = make(words.model, outlier)
         rows = run(outlier, work, words.only, words.tokens, words.samples)
+        if words.into and words.into.exists():
+            rows = {**json.loads(words.into.read_text())["runs"], **rows}
         record = {"model": str(words.model), "outlier_channels": channels, "runs": rows, "claims": claims(rows)}
-        print(json.dumps(record, indent=1, default=str))
+        text = json.dumps(record, indent=1, default=str)
+        words.into.write_text(text + "\n") if words.into else print(text)
     finally:
         if words.work is None:
             shutil.rmtree(work, ignore_errors=True)
