@@ -32,7 +32,8 @@ from fewbit.solve.table import SOLVERS
 BATCH_TOKENS = 4096  # tokens that go through a block at once
 BIG_BLOCK = 64_000_000  # parameters of a block from which weights and hidden states are bfloat16
 SPILL_SHARE = 0.3  # share of the budget that hidden states of rewrites may take before they go to disk
-LOGITS = 1 << 24  # logits at once in the backward pass, at least those of one sequence
+WIDE = 2  # inputs so many times as wide as the hidden states are made again instead of kept; as in run/passes.py
+LOGITS = 1 << 22  # logits at once in the backward pass, at least those of one sequence
 MOST_OUTPUTS = 8192  # a gram of more outputs would outweigh everything else in memory
 MODEL_BYTES = 230 << 20  # transformers, its model without weights, compiled kernels; measured (dev/LOG.md)
 LARGE = 2048  # channels up to which grams are factored in float64
@@ -190,8 +191,9 @@ def _budget(
     shapes: Shapes, plan: Plan, solved: set[str], workers: int, keep: bool, spill: bool, device: bool = False
 ) -> CalibratedBudget:
     kept = 0
-    if keep:  # the widest inputs and the outputs that join the residual stream, of both streams
-        widest = max((job.shape[-1] for jobs in shapes.blocks for job in jobs if len(job.shape) > 1), default=0)
+    if keep:  # the widest inputs that are not made again, and the outputs that join the residual stream, of both streams
+        widths = [job.shape[-1] for jobs in shapes.blocks for job in jobs if len(job.shape) > 1]
+        widest = max((width for width in widths if width < WIDE * shapes.hidden), default=0)
         kept = (shapes.samples + shapes.drift) * shapes.length * (widest + shapes.hidden) * shapes.itemsize
     phases = _phases(shapes, plan, solved, workers, kept, spill)
     base = BASE_BYTES + MODEL_BYTES

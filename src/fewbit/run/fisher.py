@@ -27,7 +27,7 @@ from fewbit.run.hf import BlockModel, Params, Read
 from fewbit.run.lanes import in_lanes
 from fewbit.run.observe import Observer, Use
 
-LOGITS = 1 << 24  # logits at once, at least those of one sequence
+LOGITS = 1 << 22  # logits at once, at least those of one sequence
 MOST_OUTPUTS = 8192  # a gram of more outputs would outweigh everything else in memory
 Tracked = dict[str, str]
 """Local parameter name -> stored tensor name."""
