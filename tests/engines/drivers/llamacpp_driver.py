@@ -4,6 +4,7 @@ Job:  model         .gguf file (the first one of a split)
       texts         strings to tokenise; with special (default false): add BOS and parse control tokens
       prompts       lists of token ids
       logits        .npz to write: one float32 [tokens, vocab] per prompt, named "0", "1", ...
+      embeddings    .npz to write instead, of an encoder: one float32 [tokens, width] per prompt, not pooled
       generate      greedy tokens to add to each prompt (default 0)
       threads       default 2;  flash: true for flash attention (default off);  check: scan every tensor (default true)
       kv            "f32" (default) | "f16" cache of keys and values
@@ -131,6 +132,29 @@ class Model:
             api.llama_batch_free(batch)
             api.llama_free(context)
 
+    def embed(self, tokens: list[int]) -> np.ndarray:
+        """What an encoder makes of every position of a prompt, float32 [tokens, width]."""
+        api, parameters = self.api, self.api.llama_context_default_params()
+        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = len(tokens) + 8
+        parameters.n_threads = parameters.n_threads_batch = self.job.get("threads", 2)
+        parameters.embeddings, parameters.pooling_type, parameters.flash_attn_type = True, 0, 0
+        context = api.llama_init_from_model(self.handle, parameters)
+        if not context:
+            raise RuntimeError("llama.cpp could not make a context")
+        batch = api.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            for index, token in enumerate(tokens):
+                batch.token[index], batch.pos[index] = token, index
+                batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, 1
+            if status := api.llama_encode(context, batch):
+                raise RuntimeError(f"llama_encode returned {status}")
+            width = api.llama_model_n_embd(self.handle)
+            return np.ctypeslib.as_array(api.llama_get_embeddings(context), shape=(len(tokens), width)).copy()
+        finally:
+            api.llama_batch_free(batch)
+            api.llama_free(context)
+
     def decode(self, context: Any, batch: Any, tokens: list[int], first: int) -> np.ndarray:
         batch.n_tokens = len(tokens)
         for index, token in enumerate(tokens):
@@ -172,6 +196,9 @@ def handle(job: Job) -> Result:
     if job.get("texts"):
         result["tokens"] = [model.tokenize(text, job.get("special", False)) for text in job["texts"]]
         result["pieces"] = [[model.piece(token) for token in tokens] for tokens in result["tokens"]]
+    if job.get("embeddings"):
+        np.savez(job["embeddings"], **{str(i): model.embed(ids) for i, ids in enumerate(job["prompts"])})
+        return result
     runs = [model.run(ids, job.get("generate", 0)) for ids in job.get("prompts", ())]
     if job.get("logits"):
         np.savez(job["logits"], **{str(i): logits for i, (logits, _) in enumerate(runs)})
