@@ -61,16 +61,19 @@ def methods(json: Annotated[bool, typer.Option("--json", help="one JSON document
         return
 
     def cells(of: Iterable[Any], prefix: bool) -> list[tuple[str, ...]]:
-        return [
-            (
-                r.name,
-                r.summary,
-                ", ".join(sorted(r.needs)) or "nothing",
-                " ".join(f"{f'{r.name}.' if prefix else ''}{k}={v}" for k, v in r.options.items()),
-            )
-            for r in of
-        ]
+        return [(r.name, r.summary, ", ".join(sorted(r.needs)) or "nothing", _options(r, prefix)) for r in of]
 
     columns = [("what", "left"), ("needs", "left"), ("--set", "left")]
     solvers = table([("--method", "left"), *columns], cells(rows, False))
     print(render(solvers, "", table([("--rewrites", "left"), *columns], cells(REWRITES.values(), True))))
+
+
+def _options(row: Any, prefix: bool) -> str:
+    """The options of a solver or rewrite with their defaults; those that it shares with the feedback loop are not said again."""
+    from fewbit.solve.table import SOLVERS
+
+    shared = SOLVERS["gptq"].options.items()
+    more = prefix or row.name == "gptq" or not set(SOLVERS["gptq"].options) <= set(row.options)
+    own = row.options.items() if more else [item for item in row.options.items() if item not in shared]
+    words = " ".join(f"{f'{row.name}.' if prefix else ''}{name}={value}" for name, value in own)
+    return words if more else f"as gptq, and {words}"
