@@ -28,6 +28,7 @@ HEAD = """# Conversion
 
 **exact**: every value stays the same float32. **x %**: re-gridded, the values move by about that relative error ||w - w'|| / ||w||. **lossy x %**: the target has
 fewer bits. **no**: impossible. `fewbit convert SRC --to FORMAT` says the same per weight before it writes, with what happens in words.
+One rounding is not counted: compressed-tensors keeps the scale over an NVFP4 tensor as its reciprocal, so what comes from ModelOpt or a GGUF may move by 1e-7.
 
 """
 BLOCKS = """What a block type holds of each scheme. Rows that a GGUF stores in another order (`q_proj` and `k_proj` of Llama-like models), stacked experts and cut qkv take

@@ -64,7 +64,7 @@ def verify(
         source = open_source(path)
     except FewbitError as error:
         kind = "config" if error.code.startswith("FB-E06") else "opens"
-        return Verified(place, findings=(Finding(kind, error.tensor or "", str(error)),))
+        return Verified(place, findings=(Finding(kind, error.tensor or "", f"{error.message} ({error.code})"),))
     opened = None
     try:
         if base is not None and not isinstance(base, Source):

@@ -265,6 +265,10 @@ def detect(config: dict[str, Any], manifest: Manifest) -> dict[str, Stored] | No
     ]
     if orphans:
         raise InputError("FB-E0621", "a quantised weight without its scales", tensor=orphans[0])
+    for name, stored in found.items():
+        flag, other = ("load_in_8bit", "load_in_4bit") if stored.scheme == INT8 else ("load_in_4bit", "load_in_8bit")
+        if given.get(other) and not given.get(flag):
+            raise InputError("FB-E0621", f"the config says {other}, the tensors are of {flag}", tensor=name)
     return found
 
 

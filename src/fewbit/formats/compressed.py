@@ -311,13 +311,37 @@ def _stored(name: str, group: tuple[dict, dict | None, str], manifest: Manifest,
     ):  # written before formats stood in the groups, or a name of no weight: the tensors tell
         word = word_of(scheme) or ""
     shape, facts = _shape(name, scheme, manifest, config)
-    needed = [part(name, suffix) if suffix else name for suffix in _sizes(word, scheme, shape)]
+    sizes = _sizes(word, scheme, shape)
+    _check_scales(name, sizes, manifest)
+    needed = [part(name, suffix) if suffix else name for suffix in sizes]
     if (static := _input_part(name, scheme)) is not None:
         needed.append(static)
     if part(name, "g_idx") in manifest:
         facts["g_idx"] = True
         needed.append(part(name, "g_idx"))
     return Stored(scheme, shape, tuple(needed), {"word": word, **facts})
+
+
+def _check_scales(name: str, sizes: Parts, manifest: Manifest) -> None:
+    """Scales lie as they should, trailing ones aside: some tools store [rows] or [] where others store [rows, 1] or [1].
+
+    Raises:
+        InputError: FB-E0621 for scales of another shape: turned round, or of other groups than the config says.
+    """
+    for suffix in ("scale", "global_scale"):
+        stored = manifest.get(part(name, suffix))
+        if suffix in sizes and stored is not None and _bare(stored.shape) != _bare(sizes[suffix][1]):
+            problem = f"{list(stored.shape)} where the config promises {list(sizes[suffix][1])}"
+            raise InputError(
+                "FB-E0621", f"{problem}: turned round, or the config lies about groups", tensor=stored.name
+            )
+
+
+def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without its trailing ones."""
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
 
 
 def _shape(

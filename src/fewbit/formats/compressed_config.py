@@ -138,7 +138,7 @@ def _scheme_of_args(args: Args, scale: FloatGrid, word: str) -> Scheme:
     )
     if kind == "int" and 1 <= bits <= 8:
         return Affine(bits, blocks, "none" if args.get("symmetric", True) else "code", scale).scheme
-    if kind == "float" and name == "tensor_group" and bits == 4:
+    if kind == "float" and name == "tensor_group" and bits == 4 and group in (None, 16):
         return Scheme(E2M1, Blocks(1, 16), NVFP4_SCALE)
     mx = group == 32 and (args.get("scale_dtype") == "torch.uint8" or word.startswith("mx"))
     element = {4: E2M1, 6: E2M3, 8: E4M3}.get(bits) if kind == "float" else None

@@ -342,6 +342,10 @@ def _stored(name: str, words: dict[str, Any], manifest: Manifest) -> Stored:
         shape = (info.shape[0], info.shape[1] * 2) if word in _NVFP4 else info.shape
     else:
         raise InputError("FB-E0620", f"ModelOpt algorithm {word or 'none'} is not known", tensor=name)
+    said = int(words.get("group_size") or 0)
+    if word in (*_NVFP4, "MXFP8") and said not in (0, scheme.blocks.cols):
+        problem = f"{word} has groups of {scheme.blocks.cols}, the config says {said}"
+        raise InputError("FB-E0621", f"{problem}: the config lies about the group size", tensor=name)
     promised = parts(name, scheme, shape)
     facts: dict[str, Any] = {}
     inputs = sibling(name, "pre_quant_scale")

@@ -14,6 +14,7 @@ GATE_UP = "model.layers.3.mlp.experts.gate_up_proj"
 CASES = [
     ("gptq", "int4-g32"), ("gptq", "int4-g32-asym"), ("gptq-v2", "int8-channel"), ("awq", "int4-g64-asym"), ("fp8", "fp8-e4m3-block128+fp8-e4m3-g128"),
     ("modelopt", "nvfp4"), ("modelopt", "fp8-e4m3-tensor+fp8-e4m3-tensor-static"), ("modelopt", "int4-g128"), ("auto-round", "int4-g32"), ("auto-round", "int4-g32-asym"),
+    ("compressed-tensors", "int4-g32-asym"), ("compressed-tensors", "int3-channel"), ("compressed-tensors", "nvfp4"), ("compressed-tensors", "fp8-e4m3-block128"),
 ]  # fmt: skip
 
 

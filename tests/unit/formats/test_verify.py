@@ -152,14 +152,17 @@ def test_wrong_nibble_order(base: Path, tmp_path: Path) -> None:
     assert faulty(swap, base, tmp_path).findings[0].kind == "source"
 
 
-@pytest.mark.parametrize("form", ["compressed-tensors", "gptq-v2", "awq"])
-def test_transposed_scales(form: str, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("form", "spelling"),
+    [("compressed-tensors", "int4-g32-asym"), ("compressed-tensors", "fp8-e4m3-channel"), ("gptq-v2", "int4-g32-asym"), ("awq", "int4-g32-asym")],
+)  # fmt: skip
+def test_transposed_scales(form: str, spelling: str, base: Path, tmp_path: Path) -> None:
     name = f"{Q}.weight_scale" if form == "compressed-tensors" else f"{Q}.scales"
 
     def turn(tensors: Tensors, _: dict) -> None:
         tensors[name] = tensors[name].T.contiguous()
 
-    assert faulty(turn, base, tmp_path, form=form).findings[0].kind == "config"
+    assert faulty(turn, base, tmp_path, form=form, spelling=spelling).findings[0].kind == "config"
 
 
 def test_transposed_scales_of_the_right_shape(base: Path, tmp_path: Path) -> None:
@@ -245,6 +248,25 @@ def test_lying_gptq_config(lie: dict, base: Path, tmp_path: Path) -> None:
         config["quantization_config"] |= lie
 
     assert faulty(change, base, tmp_path, form="gptq", spelling="int4-g32").findings[0].kind == "config"
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "modelopt"])
+def test_lying_nvfp4_config(form: str, base: Path, tmp_path: Path) -> None:
+    def change(_: Tensors, config: dict) -> None:
+        config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = 64
+        if form == "modelopt":
+            config["quantization_config"]["group_size"] = 64
+
+    assert faulty(change, base, tmp_path, form=form, spelling="nvfp4").findings[0].kind == "config"
+
+
+@pytest.mark.parametrize("spelling", ["nf4-flat64-dq", "int8-channel-f32"])
+def test_lying_bitsandbytes_config(spelling: str, base: Path, tmp_path: Path) -> None:
+    def change(_: Tensors, config: dict) -> None:
+        words = config["quantization_config"]
+        words["load_in_4bit"], words["load_in_8bit"] = words["load_in_8bit"], words["load_in_4bit"]
+
+    assert faulty(change, base, tmp_path, form="bitsandbytes", spelling=spelling).findings[0].kind == "config"
 
 
 def test_another_base(base: Path, tmp_path: Path) -> None:
