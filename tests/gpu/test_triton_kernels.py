@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,12 +125,24 @@ def test_a_layer_on_cuda_is_served_by_it() -> None:
 
 
 @cuda_only
-def test_gptq_on_cuda_is_as_good_as_on_the_cpu() -> None:
+@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize("spelling", ["int4-g64-asym", "nf4-g64", "q4_k", "int3-channel"])
+def test_gptq_on_cuda_is_as_good_as_on_the_cpu(spelling: str, two_sided: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     w, x = torch.randn(96, 256, generator=generator), torch.randn(1024, 256, generator=generator)
     stats = Stats().add(x, x, needs=frozenset({"gram", "cross_gram"}))
-    losses = [
-        SOLVERS["gptq"](w.to(device), stats.to(device), parse_scheme("int4-g64-asym")).loss
-        for device in ("cpu", "cuda")
-    ]
+    if two_sided:
+        g = torch.randn(512, 96, generator=generator)
+        stats = replace(stats, out_gram=g.T @ g)
+    losses = [SOLVERS["gptq"](w.to(d), stats.to(d), parse_scheme(spelling)).loss for d in ("cpu", "cuda")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@cuda_only
+@pytest.mark.parametrize("method", ["clip", "rtn", "hqq"])
+def test_other_solvers_on_cuda(method: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w, x = torch.randn(48, 128, generator=generator), torch.randn(512, 128, generator=generator)
+    stats = Stats().add(x, needs=frozenset({"gram", "sumsq"}))
+    losses = [SOLVERS[method](w.to(d), stats.to(d), parse_scheme("int4-g32-asym")).loss for d in ("cpu", "cuda")]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)

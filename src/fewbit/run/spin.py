@@ -5,7 +5,8 @@
 
 The start is the random Hadamard rotation of `rotate`. Each step folds the rotations into all weights, rounds these (and inputs, where the scheme
 quantises activations) as the recipe says, by the weights alone, and turns the matrices against the gradient; rounding passes gradients straight
-through. Sequences that were held out decide at the end whether start or end is kept. The whole model is in memory: see `plan.calibrated`.
+through. Sequences that were held out judge the start and what became of it a few times on the way; the best is kept. The whole model is in memory:
+see `plan.calibrated`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 FILE = "rotations.safetensors"
 HELD_OUT = 4  # sequences that judge, at most a fifth of all
 TOLD_EVERY = 10  # steps
+JUDGED = 5  # times on the way
 
 
 class Spin:
@@ -67,25 +69,38 @@ class Spin:
     def learn(self) -> tuple[dict[str, Rotation], str]:
         """The learned rotations by key, and what came of it in a sentence."""
         turners = {key: Turner(dense(rotation).matrix.to(self.model.device)) for key, rotation in self.start.items()}
-        before = self._judge(self.start)
+        judged_at = {-(-self.steps * part // JUDGED) for part in range(1, JUDGED + 1)}
+        best, when = dict(self.start), 0
+        before = least = self._judge(best)
         for step in range(self.steps):
             self.run._check_stop()
-            matrices = {key: one.matrix.clone().requires_grad_() for key, one in turners.items()}
-            with torch.enable_grad():
-                loss = self._loss(self._rotations(matrices), self._sequences(step))
-                gradients = torch.autograd.grad(loss, list(matrices.values()))
-            rate = self.rate * (1 - step / self.steps)
-            for one, gradient in zip(turners.values(), gradients, strict=True):
-                one.step(gradient, rate)
+            loss = self._step(turners, step)
             if step % TOLD_EVERY == 0 or step + 1 == self.steps:
-                text = f"rotations: step {step + 1} of {self.steps}, KL {float(loss.detach()):.5f}"
+                text = f"rotations: step {step + 1} of {self.steps}, KL {loss:.5f}"
                 self.run.settings.on_event({"event": "note", "text": text})
-        found = self._rotations({key: one.matrix.cpu() for key, one in turners.items()})
-        after = self._judge(found)
-        said = f"KL on held-out calibration text {before:.5f} at the start, {after:.5f} at the end"
-        if not after < before:
-            return dict(self.start), f"learned rotations were no better and were not kept: {said}"
-        return found, f"learned rotations: {said}"
+            if step + 1 in judged_at:
+                found = self._rotations({key: one.matrix.cpu() for key, one in turners.items()})
+                score = self._judge(found)
+                if score < least:
+                    best, when, least = found, step + 1, score
+        if not when:
+            return (
+                best,
+                f"learned rotations were no better and were not kept: KL on held-out calibration text {before:.5f}",
+            )
+        said = f"KL on held-out calibration text {before:.5f} at the start, {least:.5f} after {when} steps"
+        return best, f"learned rotations: {said}"
+
+    def _step(self, turners: dict[str, Turner], step: int) -> float:
+        """Turns all matrices once; the loss before."""
+        matrices = {key: one.matrix.clone().requires_grad_() for key, one in turners.items()}
+        with torch.enable_grad():
+            loss = self._loss(self._rotations(matrices), self._sequences(step))
+            gradients = torch.autograd.grad(loss, list(matrices.values()))
+        rate = self.rate * (1 - step / self.steps)
+        for one, gradient in zip(turners.values(), gradients, strict=True):
+            one.step(gradient, rate)
+        return float(loss.detach())
 
     def _sequences(self, step: int) -> torch.Tensor:
         """The tokens of a step: the text over and over, in order."""

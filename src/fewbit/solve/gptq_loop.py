@@ -5,7 +5,8 @@
 
 Column blocks are visited in order; inside one, with G, tiles of rows. What earlier blocks and tiles feed to a tile arrives by matrix
 products; inside a tile a kernel goes weight by weight (`math.kernels.gptq`). The plain torch versions beside it (`round_block`,
-`round_tile`) do the same and serve as reference and on other devices; on CUDA a Triton kernel takes the place of the first.
+`round_tile`) do the same and serve as reference and on other devices; on CUDA a Triton kernel takes the place of the first, and tiles, whose
+rows wait for each other, go to the CPU.
 
 Vector grids round `dim` columns at once: the factor is taken blockwise, so that inside a vector the nearest-vector search itself does the work.
 """
@@ -13,7 +14,7 @@ Vector grids round `dim` columns at once: the factor is taken blockwise, so that
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -87,6 +88,9 @@ class Parameters:
     zero: torch.Tensor
     shift: torch.Tensor
     gid: torch.Tensor
+
+    def cpu(self) -> Parameters:
+        return Parameters(self.scale.cpu(), self.zero.cpu(), self.shift.cpu(), self.gid.cpu())
 
     def filled(self, count: int) -> Parameters:
         """The same with the first candidate repeated up to `count`, if there is any choice at all."""
@@ -213,7 +217,9 @@ def _triton_block(rounder: Rounder, block: Block) -> None:
     p = block.params
     grid = (rounder.uniform, rounder.low, rounder.high, rounder.levels, rounder.edges)
     written = (block.codes, block.out, block.choice, block.loss)
-    gptq_triton.round_rows(block.w, block.x, block.upper, block.weight, p.scale, p.zero, p.shift, p.gid, *grid, *written)
+    gptq_triton.round_rows(
+        block.w, block.x, block.upper, block.weight, p.scale, p.zero, p.shift, p.gid, *grid, *written
+    )
 
 
 @dataclass
@@ -258,7 +264,10 @@ def run_loop(
         rows: factor of the outputs' gram, for two-sided feedback.
         plain: use plain torch instead of the compiled kernel.
     """
-    plain = plain or w.device.type not in ("cpu", "cuda") or (w.device.type == "cuda" and not has_triton())
+    fused = w.device.type == "cuda" and has_triton() and rows is None
+    apart = w.device.type != "cpu" and not plain and not fused  # by the CPU's kernel, for want of one for the device
+    if apart and rows is not None:
+        rows = replace(rows, upper=rows.upper.cpu(), pivot=rows.pivot.cpu(), dead=rows.dead.cpu())
     dim = grid.dim
     codes = torch.empty(w.shape[0], w.shape[1] // dim, dtype=code_dtype(grid), device=w.device)
     error, loss = torch.zeros_like(w), 0.0
@@ -277,7 +286,11 @@ def run_loop(
         if rounder is None:
             found, out, part = _round_vectors(grid, wanted, wanted + fed, upper, weight, params)
         else:
-            found, out, part, choice = _round_scalars(rounder, wanted, fed, upper, weight, params, rows, plain)
+            parts = (wanted, fed, upper, weight, params)
+            if apart:
+                parts = (*(t.cpu() for t in parts[:4]), params.cpu())
+            found, out, part, choice = _round_scalars(rounder, *parts, rows, plain)
+            found, out, choice = (t.to(w.device) for t in (found, out, choice))
             chosen(start, end, choice)
         codes[:, start // dim : end // dim] = found
         error[:, start:end] = wanted - out
@@ -308,8 +321,7 @@ def _round_scalars(
             b = min(a + TILE, count)
             block.x[a:b] += rows.upper[:a, a:b].T @ fed[:a]
             tile = Feedback(rows.upper[a:b, a:b], rows.pivot[a:b], rows.dead[a:b], rows.damping)
-            by_rows = round_tile if plain or device.type == "cuda" else _kernel_block
-            by_rows(rounder, block.rows(a, b), fed[a:b], tile)
+            (round_tile if plain else _kernel_block)(rounder, block.rows(a, b), fed[a:b], tile)
     return rounder.final_codes(index), block.out, float(loss.sum()), choice
 
 

@@ -15,7 +15,7 @@ import torch
 from fewbit.math.search import Params
 from fewbit.num.qtensor import decode_codes
 from fewbit.num.scheme import Scheme
-from fewbit.solve.candidates import FINE, Candidates, groups_of, neighbours, only
+from fewbit.solve.candidates import FINE, NAMES, Candidates, groups_of, neighbours, only
 from fewbit.solve.gptq_loop import TILE, WIDTH, Rounder
 
 WIDEST = 1024  # columns of the largest group whose parameters are tuned
@@ -69,6 +69,11 @@ def sweep(
     Returns:
         (codes, params, loss), the loss that of `problem`.
     """
+    device = codes.device
+    if device.type != "cpu":  # the kernels are the CPU's
+        home = Quadratic(*(t if t is None else t.cpu() for t in (problem.w, problem.gram, problem.outer)), problem.unit)
+        found, kept, loss = sweep(scheme, codes.cpu(), _moved(params, "cpu"), home, sweeps=sweeps, tune=tune)
+        return found.to(device), _moved(kept, device), loss
     rounder = Rounder.of(scheme.grid)
     tune = tune and _group_size(scheme, tuple(codes.shape)) <= WIDEST
     state = _start(scheme, rounder, codes, params)
@@ -76,6 +81,11 @@ def sweep(
         if _pass(scheme, rounder, state, problem, tune) <= ENOUGH * codes.numel():
             break
     return rounder.final_codes(state.index), state.params, problem.loss(state.value)
+
+
+def _moved(params: Params, device: torch.device | str) -> Params:
+    parts = {name: getattr(params, name) for name in NAMES}
+    return Params(**{name: None if part is None else part.to(device) for name, part in parts.items()})
 
 
 def _start(scheme: Scheme, rounder: Rounder, codes: torch.Tensor, params: Params) -> State:

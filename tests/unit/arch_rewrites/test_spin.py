@@ -67,7 +67,7 @@ def outliers(folder: Path) -> Path:
 WORDS: dict[str, Any] = {
     "to": "dense:int3-channel",
     "rewrites": ["spin"],
-    "options": {"spin.steps": 12, "spin.batch": 2, "spin.rate": 0.2},
+    "options": {"spin.steps": 12, "spin.batch": 2, "spin.rate": 0.05},
     "verify": False,
     **{**CALIB, "calib_samples": 10},
 }
@@ -78,7 +78,7 @@ def test_what_is_learned_is_kept_when_it_helps_and_found_again(tmp_path: Path) -
     whole = api.quantize(model, out=tmp_path / "whole", **WORDS)
     (said,) = whole.notes["rotations"]
     assert said.startswith("learned rotations: KL on held-out"), said
-    before, after = (float(word) for word in said.replace(",", "").split() if word.replace(".", "").isdigit())
+    before, after = (float(word) for word in said.replace(",", "").split() if word.startswith("0."))
     assert after < before
     seen = []
 
