@@ -68,15 +68,15 @@ def test_sweeps_lower_the_error_of_the_layer() -> None:
 
 
 def test_a_group_is_solved_as_by_trying_every_ratio_by_hand() -> None:
-    w, stats = problem(rows=5, cols=32)
-    scheme, ladder = parse_scheme("int4-g32"), torch.linspace(1.0, 0.5, 7).tolist()
+    w, stats = problem(rows=5, cols=16)
+    scheme, ladder = parse_scheme("int4-g16"), torch.linspace(1.0, 0.5, 7).tolist()
     found = SOLVERS["clip"](w, stats, scheme, options={"steps": 7, "sweeps": 0}).q.dequantize()
     for row in range(5):
         one = w[row : row + 1]
         tried = []
         for r in ladder:
             params = fit(scheme, one.clamp(-r * one.abs().max(), r * one.abs().max()), None, Search("absmax"))
-            tried.append(assemble(scheme, (1, 32), snap(scheme, one, params), params))
+            tried.append(assemble(scheme, (1, 16), snap(scheme, one, params), params))
         tried.append(quantize(scheme, one, stats.importance))
         assert stats.gram is not None
         best = min(float(output_error(q.dequantize() - one, stats.gram)) for q in tried)
