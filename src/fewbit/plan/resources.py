@@ -14,14 +14,15 @@ from dataclasses import dataclass
 
 from fewbit.base.errors import ResourceError
 from fewbit.base.manifest import DTYPE_BITS, data_bytes
-from fewbit.num.grid import FloatGrid, VectorGrid
+from fewbit.num.grid import Codebook, FloatGrid, VectorGrid
 from fewbit.num.scheme import Scheme
 from fewbit.plan.jobs import Job
 
 TILE_WEIGHTS = 1 << 23
 COPY_BUFFER = 1 << 25
 TILE_BYTES = 3.7  # of one weight of a tile while it is solved, beside what is joined later: float32 and the allocator's leftovers
-ROW_BYTES = 14.0  # the same where tiles are written as they are solved, codes and encoding included
+ROW_BYTES = 11.5  # the same where tiles are written as they are solved, codes and encoding included
+TABLE_BYTES = 18.0  # and where codes are looked for in a table
 # bytes of one weight that encoding takes beside the codes, by the dtype of what is stored; U8 (blocks of GGUF and others): the output and .7 more
 ENCODE_BYTES = {"I32": 2.5, "U32": 1.5, "I8": 2.0, "F8_E4M3": 0.0, "F8_E5M2": 0.0, "BF16": 6.0, "F16": 6.0, "F32": 8.0}
 TURNED_BYTES = 4.0  # where packed words run down the columns (GPTQ): they are packed in a copy that is turned round
@@ -78,7 +79,8 @@ def job_bytes(job: Job) -> int:
     step = tile_rows(job.scheme, job.shape, job.ops)
     codes = job.numel * code_bytes(job.scheme) + metadata_bytes(job)
     if job.by_rows and step < rows:
-        return int(step * job.shape[-1] * (source + ROW_BYTES))
+        looked_up = isinstance(job.scheme.grid, Codebook | VectorGrid)
+        return int(step * job.shape[-1] * (source + (TABLE_BYTES if looked_up else ROW_BYTES)))
     if step >= rows:
         return int(codes + max(job.numel * (source + TILE_BYTES), encode_bytes(job)))
     return int(step * job.shape[-1] * (source + TILE_BYTES) + max(2 * codes, codes + encode_bytes(job)))
