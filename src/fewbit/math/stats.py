@@ -57,6 +57,17 @@ class Stats:
         """float32 [channels]: mean |x|."""
         return None if self.absmean is None or not self.count else (self.absmean / self.count).float()
 
+    def held(self, name: str) -> torch.Tensor:
+        """One of the attributes, which must have been collected.
+
+        Raises:
+            InputError: FB-E0704 when it was not.
+        """
+        found: torch.Tensor | None = getattr(self, name)
+        if found is None:
+            raise InputError("FB-E0704", f"the calibration statistics have no {name}")
+        return found
+
     def add(self, x: torch.Tensor, x_float: torch.Tensor | None = None, *, needs: frozenset[str]) -> Stats:
         """These statistics with more tokens.
 
@@ -89,34 +100,20 @@ class Stats:
             new["cross_gram"] = x_float.reshape(flat.shape).float().T @ flat
         return self.merge(Stats(flat.shape[0], **new))
 
-    def take(
-        self,
-        x: torch.Tensor,
-        x_float: torch.Tensor | None = None,
-        *,
-        needs: frozenset[str],
-        roots: torch.Tensor | None = None,
-    ) -> Stats:
-        """As `add`, but the grams are summed in place: large ones are then held once, not three times. This one must not be used again.
-
-        Args:
-            roots: float32 [tokens, 1], square roots of what each token counts in the grams, of mean square one; None for one each.
-        """
+    def take(self, x: torch.Tensor, x_float: torch.Tensor | None = None, *, needs: frozenset[str]) -> Stats:
+        """As `add`, but the grams are summed in place: large ones are then held once, not three times. This one must not be used again."""
         large = needs & {"gram", "cross_gram"}
         found = replace(self, gram=None, cross_gram=None).add(x, x_float, needs=needs - large)
         flat = x.reshape(-1, x.shape[-1]).float()
-        flat = flat if roots is None else flat * roots
         grams: dict[str, torch.Tensor] = {}
         for name, left in (("gram", x), ("cross_gram", x_float)):
             if name not in large:
                 continue
             if left is None:
                 raise InputError("FB-E0703", "cross_gram needs the float model's inputs of the same tokens")
-            other, held = flat, getattr(self, name)
-            if name == "cross_gram":
-                other = left.reshape(flat.shape).float() if roots is None else left.reshape(flat.shape).float() * roots
+            other, held = left.reshape(flat.shape).float(), getattr(self, name)
             grams[name] = other.T @ flat if held is None else held.addmm_(other.T, flat)
-        return replace(found, **grams)
+        return replace(found, gram=grams.get("gram"), cross_gram=grams.get("cross_gram"))
 
     def scaled(self, factor: float, count: int) -> Stats:
         """These tokens counted as `count`, every sum times `factor`; largest values stay."""

@@ -28,7 +28,7 @@ from fewbit.math.stats import Stats
 from fewbit.plan.calibrated import calibrated_budget
 from fewbit.run.acts import ActStore
 from fewbit.run.answers import MIN_EXPERT_TOKENS, Answers, Found
-from fewbit.run.fisher import OUTPUT, TOKENS, fisher_pass, load_grams
+from fewbit.run.fisher import OUTPUT, fisher_pass, load_grams
 from fewbit.run.hf import Params, Slot
 from fewbit.run.lanes import in_lanes
 from fewbit.run.observe import Observer, StopForward, Use
@@ -40,8 +40,6 @@ from fewbit.solve.table import Solved
 
 if TYPE_CHECKING:
     from fewbit.run.engine import Group, _Run
-
-MOST_MATTER = 8.0  # of one token, in averages: gradients of single tokens are drawn labels' luck too
 
 
 class Calibrated:
@@ -165,8 +163,7 @@ class Calibrated:
         stages, kept = self._structure(block, params, slots, quantised.get(0)[:1])
         first, second = self._streams(block, stages, kept, params, originals, quantised, floats)
         for number, stage in enumerate(stages):
-            names = [slot.name for name in stage.params for slot in slots[name]]
-            stats = collect(first, second, number, self.needs, self.run._check_stop, self._matter(names))
+            stats = collect(first, second, number, self.needs, self.run._check_stop)
             self._top_up(block, stage, params, quantised, stats)
             for slot, found in self._solve(stage, slots, stats):
                 self.answers.put_back(params, self.model.local(block.index, slot), slot, found[0][1].q)
@@ -206,7 +203,7 @@ class Calibrated:
     ) -> Iterator[tuple[Group, Solved]]:
         """Lets solvers improve the block's answers together, then takes the hidden states through it."""
         metric = self.answers.grams.get(OUTPUT)
-        whole = Together(block, params, quantised, wanted, metric, self.answers, stats, self._matter([OUTPUT]))
+        whole = Together(block, params, quantised, wanted, metric, self.answers, stats)
         found = {name: pieces for name, (_, pieces) in solved.items()}
         whole.improve(found, {name: slot for name, (slot, _) in solved.items()}, self.run._check_stop)
         for name, pieces in found.items():
@@ -247,21 +244,6 @@ class Calibrated:
         if stage.experts and routers and weight.dim() == 3:
             words = (routers, weight.shape[0], MIN_EXPERT_TOKENS, self.needs)
             self.answers.topped = top_up(block, stage, params, quantised, stats, *words)
-
-    def _matter(self, names: list[str]) -> torch.Tensor | None:
-        """How much each token counts for some weights' products, float32 [sequences, length]: how long the gradients of the loss there are.
-
-        Tokens that the backward pass did not see count one, as the others do on the average.
-        """
-        share = max((o.get("token_weighting", 0.0) for o in self._options()), default=0.0)
-        held = [self.answers.grams[name + TOKENS] for name in names if name + TOKENS in self.answers.grams]
-        if not share or not held:
-            return None
-        found = torch.ones(self.tokens.shape)
-        for one in held:
-            one = one / one.mean().clamp_min(torch.finfo(torch.float32).tiny)
-            found[: len(one)] += share / len(held) * (one.clamp(max=MOST_MATTER) - 1)
-        return found / found.mean()
 
     def _slots(self, index: int) -> dict[str, list[Slot]]:
         """Local parameter name -> the stored tensors in it that are to be solved."""

@@ -6,9 +6,6 @@ GuidedQuant, arXiv 2505.07004). The right factor is the gram that every calibrat
 
 The pass is checkpointed at blocks: the forward pass keeps each block's inputs (on disk when they are large), the backward pass
 recomputes one block at a time. So it needs one block and its graph in memory, like everything else here.
-
-The two factors are not independent: tokens whose loss is settled have small gradients, whatever their inputs are. So the squared length
-of g is kept too, token by token (`TOKENS`): the inputs' gram may then weigh tokens by it (GuidedQuant).
 """
 
 from __future__ import annotations
@@ -32,7 +29,6 @@ MOST_OUTPUTS = 8192  # a gram of more outputs would outweigh everything else in 
 Tracked = dict[str, str]
 """Local parameter name -> stored tensor name."""
 OUTPUT = "block.output"  # stands among the weights for what comes out of the block
-TOKENS = ".tokens"  # after a name: squared length of the gradient at every token, [windows, length]
 
 
 def fisher_pass(
@@ -49,8 +45,7 @@ def fisher_pass(
     lanes: int = 1,
     on_block: Callable[[int], None] = lambda index: None,
 ) -> None:
-    """Writes `fisher-<block>.safetensors` into `folder` for every block: stored name (and `OUTPUT`) -> float32 [outputs, outputs], and with
-    `TOKENS` after the name float32 [windows, length].
+    """Writes `fisher-<block>.safetensors` into `folder` for every block: stored name (and `OUTPUT`) -> float32 [outputs, outputs].
 
     Args:
         tokens: int64 [windows, length]. tracked: per block, the matrices wanted. batch: windows per step.
@@ -183,7 +178,7 @@ def _backward(
 
         def watch(use: Use, product: torch.Tensor) -> None:
             if use.expert is None and product.requires_grad and product.shape[-1] <= MOST_OUTPUTS:
-                product.register_hook(partial(_add, grams, tracked[use.param], inputs, number))
+                product.register_hook(partial(_add, grams, tracked[use.param]))
 
         hidden = inputs.get(number).to(model.device).clone().requires_grad_(True)
         arguments = model.arguments(kwargs, recorded, hidden.shape[0])
@@ -191,7 +186,7 @@ def _backward(
             out = model.run_block(index, params, hidden, arguments)
         slope = gradient.get(number).to(model.device)
         if slope.shape[-1] <= MOST_OUTPUTS:
-            _add(grams, OUTPUT, inputs, number, slope)
+            _add(grams, OUTPUT, slope)
         gradient.put(number, torch.autograd.grad(out, hidden, slope)[0])
 
     in_lanes(len(inputs), lanes, work)
@@ -202,14 +197,9 @@ def _backward(
     return {name: gram.cpu() for name, gram in whole.items()}
 
 
-def _add(grams: dict[str, torch.Tensor], name: str, like: ActStore, batch: int, gradient: torch.Tensor) -> None:
-    """Adds a batch's gradients to a gram, and notes their lengths where there is one for every token."""
+def _add(grams: dict[str, torch.Tensor], name: str, gradient: torch.Tensor) -> None:
     flat = gradient.detach().flatten(0, -2).float()
     if name in grams:
         grams[name].addmm_(flat.T, flat)
     else:
         grams[name] = flat.T @ flat
-    start, stop = like.span(batch)
-    if len(flat) == (stop - start) * like.shape[1]:
-        tokens = grams.setdefault(name + TOKENS, flat.new_zeros(like.shape[:2]))
-        tokens[start:stop] = flat.square().sum(1).view(stop - start, -1)

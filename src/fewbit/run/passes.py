@@ -366,13 +366,11 @@ def collect(
     stage: int,
     needs: frozenset[str],
     check_stop: Callable[[], None],
-    matter: torch.Tensor | None = None,
 ) -> ByExpert:
     """Statistics of a stage's inputs over all sequences.
 
     Args:
         quantised, floats: the two streams; the second may hold the first sequences only, or be None where no solver asks for `cross_gram`.
-        matter: float32 [sequences, length], mean one: how much each token counts in the grams, or None. Not used where experts divide the tokens.
     """
     lanes, last = quantised.block.lanes, stage + 1 == len(quantised.stages)
     plain = not quantised.stages[stage].experts  # experts see other tokens in the two streams
@@ -385,14 +383,12 @@ def collect(
 
     def work(batch: int) -> None:
         stats, drift = sums[batch % lanes], drifts[batch % lanes]
-        start, stop = quantised.hidden.span(batch)
         other = floats.inputs(stage, batch, finish=last) if batch < paired else {}
         for expert, x in quantised.inputs(stage, batch).items():
-            roots = matter[start:stop].reshape(-1, 1).sqrt() if matter is not None and plain else None
-            stats[expert] = stats.get(expert, Stats()).take(x, needs=needs - {"cross_gram"}, roots=roots)
+            stats[expert] = stats.get(expert, Stats()).take(x, needs=needs - {"cross_gram"})
             if expert in other:
                 last_pair = batch + lanes >= paired and floats.hidden.shape[0] < quantised.hidden.shape[0]
-                drift.add(other[expert], x, roots, stats[expert].gram if last_pair else None)
+                drift.add(other[expert], x, stats[expert].gram if last_pair else None)
 
     in_lanes(len(quantised.hidden), lanes, work, check_stop)
     stats = sums[0]
@@ -426,9 +422,7 @@ class Drift:
                 whole.gram = part.gram if whole.gram is None else whole.gram.add_(part.gram)
         return whole
 
-    def add(
-        self, true: torch.Tensor, x: torch.Tensor, roots: torch.Tensor | None, gram: torch.Tensor | None = None
-    ) -> None:
+    def add(self, true: torch.Tensor, x: torch.Tensor, gram: torch.Tensor | None = None) -> None:
         """Adds a batch, of which the float stream may hold the first tokens only; the difference of the streams is summed as such, for it is
         small beside either.
 
@@ -436,11 +430,10 @@ class Drift:
             gram: the sum of x x^T up to this batch, where it is the last but other tokens follow.
         """
         flat = x.reshape(-1, x.shape[-1]).float()
-        flat = flat if roots is None else flat * roots
-        missing = true.reshape(-1, x.shape[-1]).float()
-        count = len(missing)
-        missing = (missing if roots is None else missing * roots[:count]) - flat[:count]
+        true = true.reshape(-1, x.shape[-1]).float()
+        count = len(true)
         part = flat[:count]
+        missing = true - part
         self.moved = missing.T @ part if self.moved is None else self.moved.addmm_(missing.T, part)
         if gram is not None:
             self.gram = gram.clone()

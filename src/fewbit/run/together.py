@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fewbit.base.errors import InputError
 from fewbit.math.stats import Stats
 from fewbit.run.acts import ActStore
 from fewbit.run.answers import Answers, Found
@@ -34,7 +35,6 @@ class Together:
             float model, perhaps of the first sequences only.
         metric: float32 [width, width], gram of the loss gradients at the block's outputs, or None.
         stats: stored name of a weight -> the statistics that it was solved with, as far as they were kept.
-        matter: float32 [sequences, length], mean one: how much each token of the block's output counts, or None.
     """
 
     def __init__(
@@ -46,10 +46,9 @@ class Together:
         metric: torch.Tensor | None,
         answers: Answers,
         stats: Mapping[str, Stats],
-        matter: torch.Tensor | None = None,
     ) -> None:
         self.block, self.params, self.quantised, self.wanted, self.answers = block, params, quantised, wanted, answers
-        self.stats, self.matter = stats, matter
+        self.stats = stats
         self.metric = None if metric is None else _damped(metric)
 
     def improve(self, found: dict[str, Found], slots: Mapping[str, Slot], check_stop: Callable[[], None]) -> None:
@@ -89,7 +88,10 @@ class Together:
                 params[local] = self.params[local].clone()
             self.answers.put_back(params, local, slots[name], found[name][at][1].q)
         job = found[next(iter(todo))][next(iter(todo.values()))][0].job
-        better = SOLVERS[job.solver].together(
+        improve = SOLVERS[job.solver].together
+        if improve is None:
+            raise InputError("FB-E0704", f"method {job.solver} solves one weight at a time")
+        better = improve(
             lambda weights, batch: self._loss(params, slots, weights, batch),
             len(self.wanted),
             {name: found[name][at][1].q for name, at in todo.items()},
@@ -128,9 +130,6 @@ class Together:
         wanted = self.wanted.get(batch).to(self.block.model.device)
         error = (self.block.run(trial, self.quantised.get(batch)[: wanted.shape[0]]) - wanted).float().flatten(0, -2)
         moved = error if self.metric is None else error @ self.metric
-        if self.matter is not None:
-            start, stop = self.wanted.span(batch)
-            moved = moved * self.matter[start:stop].reshape(-1, 1)
         return (moved * error).sum() / error.shape[0]
 
 
