@@ -30,7 +30,8 @@ from fewbit.eval.findings import Compared, Finding, Findings, Verified
 from fewbit.formats.kinds import kv_scale
 from fewbit.math.metrics import sqnr_db
 from fewbit.math.scales import Search, quantize
-from fewbit.num.qtensor import QTensor, values_of
+from fewbit.num.grid import IntGrid
+from fewbit.num.qtensor import QTensor, expand, values_of
 from fewbit.num.scheme import Scheme, parse_scheme
 from fewbit.run.kv import WHICH, attentions
 from fewbit.run.source import Source, open_source
@@ -212,10 +213,16 @@ def _rows(source: Source, name: str, start: int, stop: int) -> QTensor:
 def _check_codes(name: str, q: QTensor, values: torch.Tensor, found: Findings) -> bool:
     if not _check_finite(name, values, found):
         return False
-    if q.scale is not None and q.scheme.value_shift is None:
+    if q.scale is not None and q.scheme.value_shift is None and isinstance(q.scheme.grid, IntGrid):
         zero = values_of(q.scale) == 0
-        if bool(zero.any()) and bool((q.codes != 0).any()):
-            found.add("codes", name, f"{int(zero.sum())} of {zero.numel()} scales are zero")
+        if bool(zero.any()):  # as it must be for a block of zeros, a padding token's row; but then so are its codes
+            lost = (expand(zero, q.scheme, q.shape).reshape(q.codes.shape) & (q.codes != 0)).sum()
+            if int(lost):
+                found.add(
+                    "codes",
+                    name,
+                    f"{int(zero.sum())} of {zero.numel()} scales are zero, above {int(lost)} codes that are not",
+                )
     return True
 
 

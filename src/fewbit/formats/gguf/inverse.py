@@ -81,6 +81,7 @@ def _config(manifest: GgufManifest, family: Family, factors: Mapping[str, list[f
     names["type_rows"] = manifest["token_types.weight"].shape[0] if "token_types.weight" in manifest else None
     names["untied"] = "output.weight" in manifest
     names["has_bias"] = "blk.0.attn_q.bias" in manifest
+    names["has_mlp_bias"] = "blk.0.ffn_up.bias" in manifest
     plain, long, short = (factors.get(name) for name in ROPE_TENSORS)
     names["rope_llama3"] = _llama3_rule(names, plain) if plain else None
     names["rope_long"], names["rope_short"] = long, short
