@@ -2,10 +2,12 @@
 
     FEWBIT_ENVS=… PYTHONPATH=src python bench/gguf_kl.py [--types Q4_K,IQ2_XXS] [--tokens 12288] [--out FILE.json]
 
-Each type's blocks are made by `ggml_quantize_chunk` and by our encoder (data-free but for the importance matrix: no error feedback), decoded, and
-put into the float model in float32; mean KL against the float model on WikiText-2 test and on held-out books, 12,288 tokens each. `ratio` is
-ours over llama.cpp's, with the standard error of the paired windows of 512 tokens; `error` the same ratio of the importance-weighted squared
-errors of the weights, summed over all matrices. The importance matrix is the mean square of each input over 128 sequences of the bundled text.
+Each type's blocks are made by `ggml_quantize_chunk`, by our encoder from the same importance matrix (`fewbit`: `--method imatrix`), and by our
+encoder under error feedback from the grams of the same text (`feedback`: what `--method gptq` does to a matrix, all of them on the float model's inputs), decoded,
+and put into the float model in float32; mean KL against the float model on WikiText-2 test and on held-out books, 12,288 tokens each. Ratios are over
+llama.cpp's, with the standard error of the paired windows of 512 tokens; `error` is the ratio of the importance-weighted squared errors of
+the weights, summed over all matrices, which feedback does not aim at. Statistics are over 128 sequences of the bundled text. --out adds to the rows that
+a file has.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from fewbit.run.calib import calibration
 from fewbit.run.hf import BlockModel
 from fewbit.run.observe import Observer, Use
 from fewbit.run.source import open_source
+from fewbit.solve.table import solver_named
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "engines"))
@@ -42,8 +46,8 @@ LENGTH, BATCH = 512, 4
 Weights = dict[str, torch.Tensor]
 
 
-def importance(samples: int = 128) -> Weights:
-    """Mean square of the input that meets each weight column, on the float model: stored tensor name -> float32 [in]."""
+def statistics(samples: int = 128) -> dict[str, Stats]:
+    """Grams of the inputs of every matrix on the float model, by stored tensor name."""
     found: dict[str, Stats] = {}
     with open_source(SAMPLE) as source, torch.no_grad():
         model = BlockModel(source.config, source.manifest)
@@ -62,11 +66,11 @@ def importance(samples: int = 128) -> Weights:
 
                 def add(use: Use, names: dict[str, str] = names) -> None:
                     name = names[use.param]
-                    found[name] = found.get(name, Stats()).add(use.x, needs=frozenset({"importance"}))
+                    found[name] = found.get(name, Stats()).add(use.x, needs=frozenset({"gram"}))
 
                 with Observer({local: params[local] for local in names}, add):
                     hidden = model.run_block(index, params, hidden, entry.kwargs[index])
-    return {name: stats.importance for name, stats in found.items() if stats.importance is not None}
+    return {name: replace(stats, cross_gram=stats.gram) for name, stats in found.items()}
 
 
 class Study:
@@ -109,22 +113,58 @@ class Study:
         return found
 
 
-def theirs(kind: str, w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    data = ggml.quantize(kind, w.numpy(), h.numpy())
+def theirs(kind: str, w: torch.Tensor, stats: Stats) -> torch.Tensor:
+    data = ggml.quantize(kind, w.numpy(), stats.importance.numpy())
     return torch.from_numpy(ggml.dequantize(kind, data, w.shape[-1]).copy()).reshape(w.shape)
 
 
-def ours(kind: str, w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    return quantize(block_type(kind).scheme, w, h).dequantize()
+def ours(kind: str, w: torch.Tensor, stats: Stats) -> torch.Tensor:
+    return quantize(block_type(kind).scheme, w, stats.importance).dequantize()
 
 
-def compare(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, float]:
-    """Means over windows, their ratio, and its standard error by the delta method on the pairs."""
-    ratio = ours.mean() / theirs.mean()
-    spread = (ours - ratio * theirs).std() / len(ours) ** 0.5 / theirs.mean()
-    return {
-        "llama.cpp": float(theirs.mean()), "fewbit": float(ours.mean()), "ratio": round(float(ratio), 4), "ratio_se": round(float(spread), 4)
-    }  # fmt: skip
+def feedback(kind: str, w: torch.Tensor, stats: Stats) -> torch.Tensor:
+    return solver_named("gptq")(w, stats, block_type(kind).scheme).q.dequantize()
+
+
+MAKERS: dict[str, Callable[[str, torch.Tensor, Stats], torch.Tensor]] = {
+    "llama.cpp": theirs,
+    "fewbit": ours,
+    "feedback": feedback,
+}
+
+
+def compare(kl: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Means over windows, their ratios to llama.cpp's, and the standard errors of these by the delta method on the pairs."""
+    base = kl["llama.cpp"]
+    found = {"llama.cpp": float(base.mean())}
+    for who in ("fewbit", "feedback"):
+        ratio = kl[who].mean() / base.mean()
+        spread = (kl[who] - ratio * base).std() / len(base) ** 0.5 / base.mean()
+        label = "" if who == "fewbit" else f"{who}_"
+        found |= {
+            who: float(kl[who].mean()), f"{label}ratio": round(float(ratio), 4), f"{label}ratio_se": round(float(spread), 4)
+        }  # fmt: skip
+    return found
+
+
+def study_type(kind: str, study: Study, known: dict[str, Stats]) -> dict[str, Any]:
+    """The row of one type."""
+    kl: dict[str, dict[str, torch.Tensor]] = {}
+    lost = {}
+    for who, make in MAKERS.items():
+        made = {name: make(kind, w, known[name]) for name, w in study.weights.items()}
+        lost[who] = sum(
+            float((known[name].importance.double() * (made[name] - w).double() ** 2).sum())
+            for name, w in study.weights.items()
+        )
+        kl[who] = study.kl(made)
+    row: dict[str, Any] = {
+        "type": kind,
+        "bits": block_type(kind).bits,
+        "error": round(lost["fewbit"] / lost["llama.cpp"], 4),
+        "feedback_error": round(lost["feedback"] / lost["llama.cpp"], 4),
+    }
+    return row | {text: compare({who: kl[who][text] for who in kl}) for text in kl["fewbit"]}
 
 
 def main() -> None:
@@ -133,32 +173,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=12288)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    matter = importance()
-    study = Study(list(matter), given.tokens)
-    rows: list[dict[str, Any]] = []
+    rows: dict[str, dict[str, Any]] = {}
+    if given.out and given.out.exists():
+        held = json.loads(given.out.read_text())
+        rows = {row["type"]: row for row in held["rows"]} if held["tokens"] == given.tokens else {}
+    known = statistics()
+    study = Study(list(known), given.tokens)
     text = ""
     for kind in given.types.split(","):
-        makers: dict[str, Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]] = {
-            "llama.cpp": theirs,
-            "fewbit": ours,
-        }
-        kl, lost = {}, {}
-        for who, make in makers.items():
-            made = {name: make(kind, w, matter[name]) for name, w in study.weights.items()}
-            lost[who] = sum(
-                float((matter[name].double() * (made[name] - w).double() ** 2).sum())
-                for name, w in study.weights.items()
-            )
-            kl[who] = study.kl(made)
-        row: dict[str, Any] = {
-            "type": kind,
-            "bits": block_type(kind).bits,
-            "error": round(lost["fewbit"] / lost["llama.cpp"], 4),
-        }
-        row |= {text: compare(kl["fewbit"][text], kl["llama.cpp"][text]) for text in kl["fewbit"]}
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
-        text = json.dumps({"bench": "gguf_kl", "tokens": given.tokens, "rows": rows}, indent=1) + "\n"
+        rows[kind] = study_type(kind, study, known)
+        print(json.dumps(rows[kind]), file=sys.stderr, flush=True)
+        text = json.dumps({"bench": "gguf_kl", "tokens": given.tokens, "rows": list(rows.values())}, indent=1) + "\n"
         if given.out:  # as far as it has come
             given.out.write_text(text, encoding="utf-8")
     print(text, end="")
