@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import tomllib
 from collections.abc import Iterable
+from importlib import resources
 from typing import Annotated, Any
 
 import typer
@@ -42,22 +45,22 @@ def formats(json: Annotated[bool, typer.Option("--json", help="one JSON document
     )
 
 
-def methods(json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False) -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="one method or rewrite, with what its options do")] = None,
+    json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+) -> None:
     """Solvers and rewrites, what statistics they need, and their options."""
     from fewbit.arch.rewrite_table import REWRITES
     from fewbit.report.text import render, table
-    from fewbit.solve.table import SOLVERS
+    from fewbit.solve.table import SOLVERS, solver_named
 
-    rows = list(SOLVERS.values())
+    if name is not None:
+        row = REWRITES[name] if name in REWRITES else solver_named(name)
+        _one_method(row, "rewrite" if name in REWRITES else "method", json)
+        return
+    rows, rewrites = list(SOLVERS.values()), list(REWRITES.values())
     if json:
-        listed = [
-            {"name": r.name, "summary": r.summary, "needs": sorted(r.needs), "options": dict(r.options)} for r in rows
-        ]
-        folded = [
-            {"name": r.name, "summary": r.summary, "needs": sorted(r.needs), "options": dict(r.options)}
-            for r in REWRITES.values()
-        ]
-        print_json("fewbit.methods/1", {"methods": listed, "rewrites": folded})
+        print_json("fewbit.methods/1", {"methods": [*map(_listed, rows)], "rewrites": [*map(_listed, rewrites)]})
         return
 
     def cells(of: Iterable[Any], prefix: bool) -> list[tuple[str, ...]]:
@@ -65,7 +68,41 @@ def methods(json: Annotated[bool, typer.Option("--json", help="one JSON document
 
     columns = [("what", "left"), ("needs", "left"), ("--set", "left")]
     solvers = table([("--method", "left"), *columns], cells(rows, False))
-    print(render(solvers, "", table([("--rewrites", "left"), *columns], cells(REWRITES.values(), True))))
+    folded = table([("--rewrites", "left"), *columns], cells(rewrites, True))
+    print(render(solvers, "", folded, "", "fewbit methods NAME says what each option does"))
+
+
+def _listed(row: Any) -> dict[str, Any]:
+    """A solver or rewrite as plain data."""
+    said = {name: described(row.name, name) for name in row.options}
+    return {
+        "name": row.name, "summary": row.summary, "needs": sorted(row.needs), "options": dict(row.options), "meaning": said,
+    }  # fmt: skip
+
+
+def _one_method(row: Any, kind: str, json: bool) -> None:
+    from fewbit.report.text import render, table
+
+    if json:
+        print_json("fewbit.method/1", _listed(row))
+        return
+    prefix = f"{row.name}." if kind == "rewrite" else ""
+    rows = [(f"{prefix}{name}", value, described(row.name, name)) for name, value in row.options.items()]
+    head = f"{row.name}: {row.summary}"
+    made = table([("--set", "left"), ("default", "left"), ("what it does", "left")], rows)
+    print(render(head, f"needs {', '.join(sorted(row.needs)) or 'no calibration'}", "", made))
+
+
+def described(row: str, option: str) -> str:
+    """What an option of a solver or rewrite does, in one sentence (solve/options.toml)."""
+    said = _sentences()
+    shared = said["gptq"] if row in ("learned", "spqr") else {}
+    return said.get(row, {}).get(option) or shared.get(option) or said["common"].get(option, "")
+
+
+@functools.cache
+def _sentences() -> dict[str, dict[str, str]]:
+    return tomllib.loads(resources.files("fewbit.solve").joinpath("options.toml").read_text("utf-8"))
 
 
 def _options(row: Any, prefix: bool) -> str:
