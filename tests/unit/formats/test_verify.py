@@ -269,6 +269,23 @@ def test_lying_bitsandbytes_config(spelling: str, base: Path, tmp_path: Path) ->
     assert faulty(change, base, tmp_path, form="bitsandbytes", spelling=spelling).findings[0].kind == "config"
 
 
+def test_from_the_command_line(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 0 for a good one, 4 for a bad one; the sentence names the tensor once, and JSON says the same."""
+    from fewbit.cli.app import run
+
+    tensors, config = quantised("compressed-tensors", "int4-g32-asym")
+    good = str(write(tmp_path / "good", tensors, config))
+    assert run(["verify", good, "--base", str(base)]) == 0 and "ok" in capsys.readouterr().out
+    tensors.pop(f"{Q}.weight_scale")
+    bad = str(write(tmp_path / "bad", tensors, config))
+    assert run(["verify", bad]) == 4
+    shown = capsys.readouterr().out
+    assert "NOT ok" in shown and "cannot be read" in shown and "FB-E0621" in shown
+    assert run(["verify", bad, "--json"]) == 4
+    record = json.loads(capsys.readouterr().out)
+    assert not record["ok"] and record["findings"][0]["tensor"] == f"{Q}.weight_scale"
+
+
 def test_another_base(base: Path, tmp_path: Path) -> None:
     other = {
         name: tensor + 0.1 * torch.randn(tensor.shape).to(tensor.dtype)
