@@ -84,8 +84,8 @@ def encode(name: str, q: QTensor) -> dict[str, torch.Tensor]:
     counts = q.scheme.block_counts(q.shape)
     return {
         sibling(name, "qweight"): pack(_interleave(q.codes.reshape(q.shape).mT, ORDER), 4, word=torch.int32),
-        sibling(name, "qzeros"): pack(_interleave(q.code_shift.reshape(counts).mT, ORDER), 4, word=torch.int32),
-        sibling(name, "scales"): q.scale.reshape(counts).mT.contiguous(),
+        sibling(name, "qzeros"): pack(_interleave(q.leaf("code_shift").reshape(counts).mT, ORDER), 4, word=torch.int32),
+        sibling(name, "scales"): q.leaf("scale").reshape(counts).mT.contiguous(),
     }
 
 

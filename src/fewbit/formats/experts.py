@@ -79,7 +79,7 @@ def per_expert(form: Format) -> Format:
 
     def config(source: dict[str, Any], assignment: Assignment) -> tuple[dict[str, Any], dict[str, Any]]:
         shapes = assignment.stacks
-        schemes = {}
+        schemes: dict[str, Scheme] = {}
         for name, scheme in assignment.schemes.items():
             names = [layer for layer, *_ in layers_of(name, shapes[name])] if name in shapes else [name]
             schemes |= dict.fromkeys(names, scheme)

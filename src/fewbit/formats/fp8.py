@@ -85,9 +85,9 @@ def encode(name: str, q: QTensor) -> dict[str, torch.Tensor]:
     refuse_sides(name, q, "fp8", allowed=("input_scale",))
     out = {name: q.codes.reshape(q.shape).contiguous().view(torch.float8_e4m3fn)}
     if q.scheme.blocks == TENSOR:
-        out[part(name, "scale")] = q.scale.reshape(1)
+        out[part(name, "scale")] = q.leaf("scale").reshape(1)
     else:
-        out[part(name, "scale_inv")] = q.scale.reshape(q.scheme.block_counts(q.shape))
+        out[part(name, "scale_inv")] = q.leaf("scale").reshape(q.scheme.block_counts(q.shape))
     return out | ({sibling(name, "input_scale"): input_scale(name, q)} if q.scheme.static else {})
 
 

@@ -104,11 +104,11 @@ def encode(name: str, q: QTensor, version: int) -> dict[str, torch.Tensor]:
         codes = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
         zeros = torch.full(counts, 1 << (bits - 1), dtype=torch.int16, device=codes.device)
     else:
-        zeros = q.code_shift.reshape(counts).to(torch.int16)
+        zeros = q.leaf("code_shift").reshape(counts).to(torch.int16)
     return {
         sibling(name, "qweight"): pack(codes, bits, word=torch.int32).mT.contiguous(),
         sibling(name, "qzeros"): _pack_zeros(zeros.mT.contiguous(), bits, version),
-        sibling(name, "scales"): q.scale.reshape(counts).mT.contiguous(),
+        sibling(name, "scales"): q.leaf("scale").reshape(counts).mT.contiguous(),
         sibling(name, "g_idx"): group_index,
     }
 

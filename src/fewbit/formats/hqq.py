@@ -129,8 +129,8 @@ def encode(name: str, q: QTensor) -> dict[str, torch.Tensor]:
     packed = pack(apart.flip(-1), bits, word=word, dense=False).squeeze(-1)
     out = {
         sibling(name, "W_q"): packed.contiguous(),
-        sibling(name, "scale"): q.scale.reshape(-1, 1),
-        sibling(name, "zero"): q.code_shift.reshape(-1, 1),
+        sibling(name, "scale"): q.leaf("scale").reshape(-1, 1),
+        sibling(name, "zero"): q.leaf("code_shift").reshape(-1, 1),
     }
     for key, value in _settings(q.scheme, q.shape).items():
         out[sibling(name, key)] = _as_tensor(value)

@@ -58,8 +58,9 @@ class Affine:
 
 def direct_float(part: Scheme | None) -> FloatGrid | None:
     """The float grid of a part that is stored directly, one entry per block, or None."""
-    plain = part is not None and part.is_leaf and part.blocks == EACH and part.grid.name in STORED_DTYPE
-    return part.grid if plain else None
+    if part is None or not part.is_leaf or part.blocks != EACH or not isinstance(part.grid, FloatGrid):
+        return None
+    return part.grid if part.grid.name in STORED_DTYPE else None
 
 
 def affine_of(scheme: Scheme) -> Affine | None:

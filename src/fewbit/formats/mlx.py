@@ -93,10 +93,10 @@ def encode(name: str, q: QTensor) -> dict[str, torch.Tensor]:
     refuse_sides(name, q, "MLX")
     counts = q.scheme.block_counts(q.shape)
     words = pack(q.codes.reshape(q.shape), int(q.scheme.grid.bits), word=torch.int32).view(torch.uint32)
-    scale = q.scale.reshape(counts)
+    scale = q.leaf("scale").reshape(counts)
     if q.value_shift is None:
         return {name: words, sibling(name, "scales"): scale.view(torch.uint8)}
-    return {name: words, sibling(name, "scales"): scale, sibling(name, "biases"): q.value_shift.reshape(counts)}
+    return {name: words, sibling(name, "scales"): scale, sibling(name, "biases"): q.leaf("value_shift").reshape(counts)}
 
 
 def decode(name: str, read: Callable[[str], torch.Tensor], stored: Stored) -> QTensor:
@@ -111,8 +111,8 @@ def decode(name: str, read: Callable[[str], torch.Tensor], stored: Stored) -> QT
     scale = read(sibling(name, "scales"))
     if scheme.value_shift is not None:
         return QTensor(scheme, shape, codes, scale, None, read(sibling(name, "biases")))
-    assert scheme.scale is not None
-    return QTensor(scheme, shape, codes, scale.view(native_dtype(scheme.scale.grid)))
+    native = native_dtype(scheme.part("scale").grid)
+    return QTensor(scheme, shape, codes, scale if native is None else scale.view(native))
 
 
 def _words(scheme: Scheme) -> dict[str, Any]:

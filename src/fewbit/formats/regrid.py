@@ -34,11 +34,8 @@ def regrid(q: QTensor, scheme: Scheme, *, ordered: bool = False) -> tuple[QTenso
     if scheme.is_leaf:
         out = _as_leaf(q, scheme)
     else:
-        out = None
-        if not set(q.sides) - set(_KEEPABLE):
-            out = _by_codes(q, scheme) or _whole_zeros(q, scheme)
-        if out is None:
-            out = _with_inputs(quantize(scheme.weights_only, q.dequantize(), search=Search()), q, scheme)
+        kept = None if set(q.sides) - set(_KEEPABLE) else _by_codes(q, scheme) or _whole_zeros(q, scheme)
+        out = kept or _with_inputs(quantize(scheme.weights_only, q.dequantize(), search=Search()), q, scheme)
     return _measured(q, out)
 
 
@@ -104,14 +101,16 @@ def _whole_zeros(q: QTensor, scheme: Scheme) -> QTensor | None:
         and scheme.code_shift == leaf(grid)
         and scheme.value_shift is None
     )
-    if not wanted or set(q.sides) or (q.value_shift is None) == (q.code_shift is None):
+    stored = q.code_shift if q.value_shift is None else q.value_shift
+    both = q.code_shift is not None and q.value_shift is not None
+    if not wanted or set(q.sides) or both or stored is None or q.scale is None:
         return None
     middle = replace(q.scheme, code_shift=scheme.code_shift, value_shift=None, scale=scheme.scale)
     if scheme.scale is None or not scheme.scale.is_leaf or image(middle, scheme, q.shape) is None:
         return None
     counts = q.scheme.block_counts(q.shape)
     scale = values_of(q.scale).reshape(counts)
-    shift = values_of(q.value_shift if q.value_shift is not None else q.code_shift).reshape(counts)
+    shift = values_of(stored).reshape(counts)
     exact = -shift / scale if q.value_shift is not None else shift
     zero = exact.round()
     if bool(((zero - exact).abs() > 2**-5).any()) or float(zero.min()) < 0 or float(zero.max()) > grid.high:

@@ -91,7 +91,7 @@ def multiple_of(scale: torch.Tensor, factor: float) -> torch.Tensor:
 
 def global_divisor(scale: QTensor) -> torch.Tensor:
     """The reciprocal of the float32 scale over all block scales (NVFP4), exactly as it was read where it came from a file."""
-    return scale.sides.get("divisor", divisor_of(scale.scale))
+    return scale.sides.get("divisor", divisor_of(scale.leaf("scale")))
 
 
 def from_divisor(scheme: Scheme, codes: torch.Tensor, divisor: torch.Tensor) -> QTensor:

@@ -96,8 +96,8 @@ def _kernels_serve(data: torch.Tensor, whole: bool, count: int, order: str, dens
 def _pack_fast(codes: torch.Tensor, bits: int, word: torch.dtype) -> torch.Tensor:
     from fewbit.math.kernels import packing
 
-    flat = codes.contiguous().view(-1)
-    flat = (flat.view(torch.uint8) if flat.element_size() == 1 else flat.to(torch.uint8)).numpy()
+    row = codes.contiguous().view(-1)
+    flat = (row.view(torch.uint8) if row.element_size() == 1 else row.to(torch.uint8)).numpy()
     out = torch.empty((*codes.shape[:-1], codes.shape[-1] * bits // 8), dtype=torch.uint8)
     if bits == 4:
         packing.pack_nibbles(flat.view(np.uint64), out.view(-1).numpy().view(np.uint32), 0, flat.size // 8)

@@ -161,7 +161,8 @@ def snap(view: View, grid: Grid, triple: tuple[torch.Tensor | None, ...]) -> tor
     params, run = tuple(view.params(p) for p in triple), _kernels().snap
     low, high, kind, ends, levels = _grid_arguments(grid)
     codes = torch.empty(view.x.size, dtype=code_dtype(grid))
-    out, marks = codes.numpy(), None
+    out = codes.numpy()
+    marks: tuple[np.int32, np.int32] | np.ndarray | None = None
     if isinstance(grid, FloatGrid):
         marks = (np.int32((127 - grid.bias) << grid.mantissa), np.int32(1 << (grid.bits - 1)))
     elif levels is not None:

@@ -96,7 +96,10 @@ def _base(n: int) -> np.ndarray:
     """float64 [n, n] for n 1, 2 or a Paley order."""
     if n <= 2:
         return _sylvester(n)
-    p, k = _paley_field(n)
+    field = _paley_field(n)
+    if field is None:
+        raise InputError("FB-E0705", f"{n} is no Paley order")
+    p, k = field
     jacobsthal = _jacobsthal(p, k)  # chi(a_i - a_j)
     q = p**k
     if q % 4 == 3:

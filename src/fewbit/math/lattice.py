@@ -88,7 +88,7 @@ def _run(
         codes, params = _run(scheme, w.cpu(), None if importance is None else importance.cpu(), unbias=unbias)
         moved = {name: part.to(w.device) for name, part in vars(params).items() if part is not None}
         return codes.to(w.device), Params(**moved)
-    layout, codebook, ladder = _layout(scheme), _book(grid.name), _ladder(grid.name)
+    layout, codebook, ladder = _layout(scheme, grid), _book(grid.name), _ladder(grid.name)
     effort, count, blocks = EFFORTS[grid.name], prod(w.shape[:-1]), cols // scheme.blocks.cols
     codes = torch.empty(count, cols // 8, dtype=torch.int32)
     scale_codes = torch.empty(count, blocks, dtype=torch.uint8)
@@ -111,17 +111,17 @@ def _run(
     if scheme.code_shift is None and codebook.shifts.size > 1:
         codes |= shifts.int() << layout.index_bits
     shift = None if scheme.code_shift is None else QTensor(scheme.code_shift, counts, shifts.view(counts))
-    top = tops.to(torch.float16).view(scheme.scale.block_counts(counts))
-    scale = QTensor(scheme.scale, counts, scale_codes.view(counts), top)
+    top = tops.to(torch.float16).view(scheme.part("scale").block_counts(counts))
+    scale = QTensor(scheme.part("scale"), counts, scale_codes.view(counts), top)
     return codes.view(*w.shape[:-1], cols // 8), Params(scale, shift, None)
 
 
-def _layout(scheme: Scheme) -> Layout:
-    grid = scheme.grid
+def _layout(scheme: Scheme, grid: VectorGrid) -> Layout:
     per_block, shifted = scheme.blocks.cols // 8, grid.name.startswith("iq1")
     per_shift = 1 if shifted and scheme.code_shift is None else per_block
     index_bits = grid.index_bits - (1 if shifted and scheme.code_shift is None else 0)
-    return Layout(grid.parts, index_bits, grid.sign_bits, per_block, per_shift, len(scheme.scale.grid.table) - 1)
+    top = len(scheme.part("scale").grid.levels()) - 1
+    return Layout(grid.parts, index_bits, grid.sign_bits, per_block, per_shift, top)
 
 
 @functools.cache

@@ -34,8 +34,8 @@ def quantize(scheme: Scheme, w: torch.Tensor) -> QTensor:
         InputError: FB-E0601 for other schemes, FB-E0702 for non-finite weights.
     """
     grid, tiling = scheme.grid, scheme.blocks.resolve(tuple(w.shape))
-    plain = isinstance(grid, IntGrid) and scheme.value_shift is None and all(part.is_leaf for _, part in scheme.parts())
-    if not plain or scheme.scale is None:
+    plain = scheme.value_shift is None and all(part.is_leaf for _, part in scheme.parts())
+    if not plain or not isinstance(grid, IntGrid) or scheme.scale is None:
         raise InputError(
             "FB-E0601",
             f"search=native computes as compressed-tensors does: integer codes and one scale a block, not {scheme}",
@@ -57,9 +57,8 @@ def quantize(scheme: Scheme, w: torch.Tensor) -> QTensor:
         b, r, _, c, _ = chunk.index
         r, c = r * tiling.block_rows, c * tiling.block_cols
         rows[b, r : r + chunk.extent[0], c : c + chunk.extent[1]] = chunk.unblock(found)
-    stored = {"scale": scales, "code_shift": shifts}
-    leaves = {name: pack_leaf(part.grid, stored[name]) for name, part in scheme.parts()}
-    return QTensor(scheme, tuple(w.shape), codes.view(w.shape), **leaves)
+    zero = None if scheme.code_shift is None else pack_leaf(scheme.code_shift.grid, shifts)
+    return QTensor(scheme, tuple(w.shape), codes.view(w.shape), pack_leaf(scheme.scale.grid, scales), zero)
 
 
 def _range(lowest: int, span: int, chunk: Chunk, shifted: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -86,7 +86,7 @@ def store_part(
     return quantize(part, values, weight, search)
 
 
-def _curvatures(target: Target, chunk: Chunk, triple: Triple) -> Triple:
+def _curvatures(target: Target, chunk: Chunk, triple: Triple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Second derivatives of each block's error with respect to (scale, code_shift, value_shift), halved."""
     scale, z, _ = triple
     if chunk.view is not None and fast.serves(target.grid):
@@ -111,19 +111,21 @@ def _refine(
 ) -> dict[str, torch.Tensor | QTensor]:
     """Every block tries the codes beside its own in all nested parts at once and keeps the best."""
     counts = scheme.block_counts(tuple(w.shape))
-    nested = [name for name, part in scheme.parts() if not part.is_leaf and _can_step(part.grid)]
-    steps = {name: {d: _step(stored[name], d) for d in (-1, 0, 1)} for name in nested}
+    inner = {name: q for name, q in stored.items() if isinstance(q, QTensor) and _can_step(q.scheme.grid)}
+    nested = list(inner)
+    steps = {name: {d: stepped(q, d) for d in (-1, 0, 1)} for name, q in inner.items()}
     values = {name: {d: _flat(values_of(q).reshape(counts)) for d, q in moves.items()} for name, moves in steps.items()}
     fixed = {name: _flat(values_of(q).reshape(counts)) for name, q in stored.items() if name not in steps}
     chosen = {name: torch.zeros(values[name][0].shape, device=w.device) for name in nested}
     moves = list(product((0, -1, 1), repeat=len(nested)))
     for chunk in chunks(w, importance, scheme.blocks):
-        best, choice = None, None
+        best: torch.Tensor | None = None
+        choice: torch.Tensor | None = None
         for i, move in enumerate(moves):
             arrays = fixed | {name: values[name][d] for name, d in zip(nested, move, strict=True)}
             scale, z, v = (chunk.take(arrays[name]) if name in arrays else None for name in _NAMES)
             error = error_of(target, chunk, (torch.ones_like(error_like(chunk)) if scale is None else scale, z, v))
-            if best is None:
+            if best is None or choice is None:
                 best, choice = error, torch.zeros_like(error, dtype=torch.long)
             else:
                 choice = torch.where(error < best, i, choice)
@@ -133,12 +135,9 @@ def _refine(
             chunk.put(chosen[name], table[choice, k])
     out = dict(stored)
     for name in nested:
-        shape = steps[name][0].codes.shape
-        move = chosen[name].reshape(shape)
-        codes = torch.where(
-            move < 0, steps[name][-1].codes, torch.where(move > 0, steps[name][1].codes, steps[name][0].codes)
-        )
-        out[name] = replace(stored[name], codes=codes)
+        down, same, up = (steps[name][d].codes for d in (-1, 0, 1))
+        step = chosen[name].reshape(same.shape)
+        out[name] = replace(inner[name], codes=torch.where(step < 0, down, torch.where(step > 0, up, same)))
     return out
 
 
@@ -151,7 +150,7 @@ def _can_step(grid: Grid) -> bool:
     return grid.dim == 1 and grid.bits <= 8
 
 
-def _step(q: QTensor, by: int) -> QTensor:
+def stepped(q: QTensor, by: int) -> QTensor:
     """The same tensor with every code moved to the level `by` places further in order, stopping at the ends."""
     if by == 0:
         return q

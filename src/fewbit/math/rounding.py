@@ -68,6 +68,11 @@ def store(grid: Grid, values: torch.Tensor) -> torch.Tensor:
     return round_levels(grid, values.float())
 
 
+def store_shift(grid: Grid | None, values: torch.Tensor) -> torch.Tensor | None:
+    """Shifts rounded to a leaf grid, as float32; None where the scheme has no such shift."""
+    return None if grid is None else store(grid, values)
+
+
 def store_scale(grid: Grid, values: torch.Tensor) -> torch.Tensor:
     """Scales rounded to a leaf grid, as float32: never infinite, and zero only where the value is zero.
 

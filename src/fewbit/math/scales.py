@@ -36,6 +36,12 @@ __all__ = ["FITTERS", "Params", "Search", "assemble", "effective", "fit", "quant
 DEFAULT_SEARCH = Search()
 Chooser = Callable[[Target, Chunk, Search], Triple]
 
+
+@functools.cache
+def _named(names: str) -> frozenset[Scheme]:
+    return frozenset(map(parse_scheme, names.split()))
+
+
 # (accepts(scheme) -> bool, module with a `fit` and a `quantize` of the signatures below); the first row that accepts is used
 FITTERS: list[tuple[Callable[[Scheme], bool], str]] = [
     (
@@ -51,11 +57,6 @@ FITTERS: list[tuple[Callable[[Scheme], bool], str]] = [
         "fewbit.math.kernels.mx",
     ),
 ]
-
-
-@functools.cache
-def _named(names: str) -> frozenset[Scheme]:
-    return frozenset(map(parse_scheme, names.split()))
 
 
 def _special(scheme: Scheme) -> ModuleType | None:
@@ -264,6 +265,7 @@ def _snap_leaf(scheme: Scheme, w: torch.Tensor) -> torch.Tensor:
         return nearest(scheme.grid, w.float())
     sums = torch.empty(scheme.block_counts(tuple(w.shape)), dtype=torch.float32, device=w.device)
     for chunk in chunks(w, torch.ones(w.shape[-1], device=w.device) if w.ndim else None, scheme.blocks):
-        weight = chunk.total(lambda x, h: h.expand(x.shape))
-        chunk.put(sums.view(-1, *sums.shape[-2:]), chunk.total(lambda x, h: h * x) / weight)
+        weight = chunk.total(lambda x, h: torch.ones_like(x) if h is None else h.expand(x.shape))
+        total = chunk.total(lambda x, h: x if h is None else h * x)
+        chunk.put(sums.view(-1, *sums.shape[-2:]), total / weight)
     return nearest(scheme.grid, sums)

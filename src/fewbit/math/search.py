@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from fewbit.math import fast
-from fewbit.math.rounding import round_levels, store, store_scale
+from fewbit.math.rounding import round_levels, store_scale, store_shift
 from fewbit.math.tiles import Chunk
 from fewbit.num.grid import Codebook, FloatGrid, Grid, IntGrid
 from fewbit.num.qtensor import QTensor
@@ -88,7 +88,7 @@ def choose(target: Target, chunk: Chunk, search: Search) -> Triple:
     if not search.searches:
         return best
     error = error_of(target, chunk, best)
-    if search.method == "lsq" and _kernels_serve(target, chunk):
+    if search.method == "lsq" and chunk.view is not None and _kernels_serve(target):
         for candidate in fast_candidates(target, chunk.view, low, high, search):
             best, error = _keep_better(target, chunk, candidate, best, error)
         return best
@@ -102,43 +102,46 @@ def choose(target: Target, chunk: Chunk, search: Search) -> Triple:
     return best
 
 
-def _kernels_serve(target: Target, chunk: Chunk) -> bool:
+def _kernels_serve(target: Target) -> bool:
     shifted = target.code_shift is not None or target.value_shift is not None
-    return chunk.view is not None and fast.serves(target.grid) and (isinstance(target.grid, IntGrid) or not shifted)
+    return fast.serves(target.grid) and (isinstance(target.grid, IntGrid) or not shifted)
 
 
 def fast_candidates(
     target: Target, view: fast.View, low: torch.Tensor, high: torch.Tensor, search: Search
 ) -> list[Triple]:
     """The best parameters that the kernels find, rounded to storage."""
-    ratios, rounds = _ratios(target.grid, search), search.rounds
+    grid, ratios, rounds = target.grid, _ratios(target.grid, search), search.rounds
     if target.scale is None or _bare_exponent(target.scale):
         return candidates(target, low, high, search)
     if target.code_shift is None and target.value_shift is None:
         bases = torch.stack([_base(target, reach, low, high) for reach in _reaches(target)])
-        scale = fast.search_scale(view, target.grid, bases, ratios, rounds)
+        scale = fast.search_scale(view, grid, bases, ratios, rounds)
         return [(_scale(target, scale, bases[0], keep=from_range(target, low, high)[0]), None, None)]
+    if not isinstance(grid, IntGrid):  # the kernels know shifts of integer codes only
+        return candidates(target, low, high, search)
     if isinstance(target.code_shift, IntGrid):
-        near = int(target.grid.bits <= 4)
+        near = int(grid.bits <= 4)
         low, high = low.clamp(max=0), high.clamp(min=0)
-        scale, zero = fast.search_zero(view, target.grid, low, high, ratios, near, rounds)
-        return [(_scale(target, scale, scale), store(target.code_shift, zero), None)]
+        scale, zero = fast.search_zero(view, grid, low, high, ratios, near, rounds)
+        return [(_scale(target, scale, scale), store_shift(target.code_shift, zero), None)]
     if target.shift_down:
         low, high = low.clamp(max=0), high.clamp(min=0)
-    scale, shift = fast.search_shift(view, target.grid, low, high, ratios, rounds, target.shift_down)
+    scale, shift = fast.search_shift(view, grid, low, high, ratios, rounds, target.shift_down)
     scale = _scale(target, scale, scale)
     if target.value_shift is not None:
-        return [(scale, None, store(target.value_shift, shift))]
-    return [(scale, store(target.code_shift, torch.where(scale == 0, 0, -shift / scale)), None)]
+        return [(scale, None, store_shift(target.value_shift, shift))]
+    return [(scale, store_shift(target.code_shift, torch.where(scale == 0, 0, -shift / scale)), None)]
 
 
 def candidates(target: Target, low: torch.Tensor, high: torch.Tensor, search: Search) -> list[Triple]:
     """Parameters from tighter (and slightly wider) ranges, and with the lopsided end of the grid on either side."""
-    found = []
+    found: list[Triple] = []
     if target.scale is not None and _bare_exponent(target.scale):
         plain = from_range(target, low, high)
         return [
-            (_scale(target, plain[0] * factor, high - low, keep=plain[0]), *plain[1:]) for factor in (0.25, 0.5, 2.0)
+            (_scale(target, plain[0] * factor, high - low, keep=plain[0]), plain[1], plain[2])
+            for factor in (0.25, 0.5, 2.0)
         ]
     ratios = _ratios(target.grid, search)
     if target.code_shift is None and target.value_shift is None:
@@ -148,11 +151,10 @@ def candidates(target: Target, low: torch.Tensor, high: torch.Tensor, search: Se
         return found
     middle, half = (low + high) / 2, (high - low) / 2
     for ratio in ratios:
-        triple = from_range(target, middle - half * ratio, middle + half * ratio)
-        found.append(triple)
-        if isinstance(target.code_shift, IntGrid) and int(target.grid.bits) <= 4:
-            scale, shift, _ = triple
-            found += [(scale, store(target.code_shift, shift + step), None) for step in (-1.0, 1.0)]
+        scale, shift, offset = from_range(target, middle - half * ratio, middle + half * ratio)
+        found.append((scale, shift, offset))
+        if shift is not None and isinstance(target.code_shift, IntGrid) and int(target.grid.bits) <= 4:
+            found += [(scale, store_shift(target.code_shift, shift + step), None) for step in (-1.0, 1.0)]
     return found
 
 
@@ -175,7 +177,7 @@ def from_range(target: Target, low: torch.Tensor, high: torch.Tensor) -> Triple:
         low, high = low - slack, high + slack
     scale = _scale(target, high / levels - low / levels, high - low)
     shift = torch.where(scale == 0, 0, grid.low - low / torch.where(scale == 0, 1, scale))
-    return scale, store(target.code_shift, shift), None
+    return scale, store_shift(target.code_shift, shift), None
 
 
 def _from_range_min(target: Target, low: torch.Tensor, high: torch.Tensor, levels: float) -> Triple:
@@ -185,7 +187,7 @@ def _from_range_min(target: Target, low: torch.Tensor, high: torch.Tensor, level
     scale = _scale(target, span, span)
     # the scale that is really stored may be larger: the shift is taken for the lowest level as stored
     shift = low - target.grid.low * scale
-    return scale, None, store(target.value_shift, shift)
+    return scale, None, store_shift(target.value_shift, shift)
 
 
 def least_squares(target: Target, chunk: Chunk, triple: Triple) -> Triple:
@@ -220,7 +222,7 @@ def least_squares(target: Target, chunk: Chunk, triple: Triple) -> Triple:
         alone = torch.where(ll > 0, lx / torch.where(ll > 0, ll, 1), fitted)  # with the shift held at 0
         fitted = torch.where(shift == 0, alone, fitted)
     new = _scale(target, fitted.float(), scale, keep=scale)
-    return new, None, store(target.value_shift, shift.float())
+    return new, None, store_shift(target.value_shift, shift.float())
 
 
 def units(x: torch.Tensor, triple: Triple) -> torch.Tensor:
@@ -255,10 +257,16 @@ def _keep_better(
 ) -> tuple[Triple, torch.Tensor]:
     new_error = error_of(target, chunk, new)
     better = new_error < error
-    merged = tuple(
-        old if old is None else torch.where(better, fresh, old) for fresh, old in zip(new, best, strict=True)
-    )
-    return merged, torch.where(better, new_error, error)
+    return merged(better, new, best), torch.where(better, new_error, error)
+
+
+def merged(better: torch.Tensor, new: Triple, old: Triple) -> Triple:
+    """Block by block `new` where `better`, bool [n, 1, m, 1], else `old`; both have the same shifts."""
+
+    def pick(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+        return None if a is None or b is None else torch.where(better, a, b)
+
+    return torch.where(better, new[0], old[0]), pick(new[1], old[1]), pick(new[2], old[2])
 
 
 def percentile_range(chunk: Chunk, percent: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -168,6 +168,28 @@ class QTensor:
             return values.reshape(*counts[:-1], 1, counts[-1], 1)
         return expand(values.reshape(counts), self.scheme, self.shape)
 
+    def leaf(self, part: str) -> torch.Tensor:
+        """`scale`, `code_shift` or `value_shift` of a tensor whose scheme stores it directly.
+
+        Raises:
+            InputError: FB-E0603 when there is none, or when it is quantised itself.
+        """
+        stored = getattr(self, part)
+        if isinstance(stored, torch.Tensor):
+            return stored
+        raise InputError("FB-E0603", f"a {part} stored directly is wanted, {self.scheme} has it {_how(stored)}")
+
+    def nested(self, part: str) -> QTensor:
+        """`scale`, `code_shift` or `value_shift` of a tensor whose scheme quantises it.
+
+        Raises:
+            InputError: FB-E0603 when there is none, or when it is stored directly.
+        """
+        stored = getattr(self, part)
+        if isinstance(stored, QTensor):
+            return stored
+        raise InputError("FB-E0603", f"a quantised {part} is wanted, {self.scheme} has it {_how(stored)}")
+
     @property
     def storage_bits(self) -> int:
         """Exact bits of codes and metadata; `sides` that are stored count too."""
@@ -233,6 +255,10 @@ class QTensor:
                 if stored.dtype.is_floating_point and not bool(torch.isfinite(stored.float()).all()):
                     return f"{name} holds NaN or infinity"
         return None
+
+
+def _how(stored: torch.Tensor | QTensor | None) -> str:
+    return "not at all" if stored is None else "quantised" if isinstance(stored, QTensor) else "directly"
 
 
 def _numel(shape: tuple[int, ...]) -> int:

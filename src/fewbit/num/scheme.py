@@ -96,6 +96,17 @@ class Scheme:
             if part is not None:
                 yield name, part
 
+    def part(self, name: str) -> Scheme:
+        """The sub-scheme `scale`, `code_shift` or `value_shift` of a scheme that has it.
+
+        Raises:
+            InputError: FB-E0603 when it has not.
+        """
+        for found, part in self.parts():
+            if found == name:
+                return part
+        raise InputError("FB-E0603", f"{self} has no {name}")
+
     def block_counts(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scale array of a tensor of this shape."""
         return self.blocks.resolve(shape).grid
@@ -118,11 +129,14 @@ class Scheme:
 
     def with_scale_leaf(self, leaf: Grid) -> Scheme:
         """The same scheme with its directly stored scale (and float shifts) in another leaf grid, e.g. BF16 for F16."""
-        changes: dict[str, Scheme] = {}
-        for name, part in self.parts():
-            if part.is_leaf and isinstance(part.grid, FloatGrid):
-                changes[name] = replace(part, grid=leaf)
-        return replace(self, **changes)
+
+        def stored(part: Scheme | None) -> Scheme | None:
+            direct = part is not None and part.is_leaf and isinstance(part.grid, FloatGrid)
+            return replace(part, grid=leaf) if part is not None and direct else part
+
+        return replace(
+            self, scale=stored(self.scale), code_shift=stored(self.code_shift), value_shift=stored(self.value_shift)
+        )
 
     def __str__(self) -> str:
         return spell(self)
@@ -229,8 +243,8 @@ def _parse_weights(text: str, named: dict[str, Scheme]) -> Scheme:
             scale = _parse(inner, named)
         elif word == "dq":
             scale = double_quantised()
-        elif isinstance(found := grid_named(word), FloatGrid):
-            scale = leaf(found)
+        elif isinstance(stored := grid_named(word), FloatGrid):
+            scale = leaf(stored)
         else:
             raise InputError("FB-E0601", f"{word!r} is not a word of a scheme (in {text!r})")
     return Scheme(grid, blocks or Blocks(1, 0), scale or leaf(default_scale(grid)), code_shift, value_shift)
@@ -254,10 +268,9 @@ def long_spelling(scheme: Scheme) -> str:
         return scheme.grid.name if bare or scheme.grid.name.startswith("uint") else f"{scheme.grid.name}-leaf"
     grid, asym = scheme.grid, ""
     if scheme.code_shift is not None:
-        plain = isinstance(grid, IntGrid) and scheme.code_shift == leaf(grid)
-        asym = "-asym" if plain else f"-asym{{{spell(scheme.code_shift)}}}"
-        if plain:
-            grid = IntGrid(grid.bits, signed=True)
+        asym = f"-asym{{{spell(scheme.code_shift)}}}"
+        if isinstance(grid, IntGrid) and scheme.code_shift == leaf(grid):
+            grid, asym = IntGrid(grid.bits, signed=True), "-asym"
     words = f"{grid.name}-{scheme.blocks.spelling}"
     if scheme.scale == double_quantised():
         words += "-dq"

@@ -102,8 +102,9 @@ def refusal(model: Model, row: Mapping[str, Any], engine: Engine | None, device:
     if engine is not None and device.backend != "any" and device.backend not in engine.backends:
         return f"{engine.label} does not run on {device.backend} devices"
     if kind == "plain" or kind == "gguf":
-        reads = engine is None or (engine.plain if kind == "plain" else engine.gguf)
-        return "" if reads else f"{engine.label} does not read {'plain safetensors' if kind == 'plain' else 'GGUF'}"  # type: ignore[union-attr]
+        if engine is None or (engine.plain if kind == "plain" else engine.gguf):
+            return ""
+        return f"{engine.label} does not read {'plain safetensors' if kind == 'plain' else 'GGUF'}"
     if kind == "mlx" and device.backend not in ("metal", "any"):
         return "MLX is made for Apple's GPUs"
     odd, total, reason = misfits(model, target)

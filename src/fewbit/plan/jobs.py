@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fewbit.base.errors import InputError
 from fewbit.base.manifest import data_bytes
 from fewbit.base.record import plain
 from fewbit.num.scheme import Scheme, parse_scheme
@@ -54,6 +55,17 @@ class Job:
         for size in self.shape:
             total *= size
         return total
+
+    @property
+    def wanted(self) -> Scheme:
+        """The scheme of a job that quantises.
+
+        Raises:
+            InputError: FB-E0603 for a tensor that is kept as it is.
+        """
+        if self.scheme is None:
+            raise InputError("FB-E0603", "the tensor is kept as it is, it has no scheme", tensor=self.name)
+        return self.scheme
 
     @property
     def needs(self) -> frozenset[str]:

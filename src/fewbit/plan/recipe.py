@@ -22,8 +22,8 @@ class Rule(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     pattern: str = Field(description="glob of the tensor name, or re:EXPRESSION")
-    scheme: str = Field("keep", description="scheme or preset, or `keep` for the source's own precision")
-    method: str | None = Field(None, description="solver for these tensors, if another than the recipe's")
+    scheme: str = Field(default="keep", description="scheme or preset, or `keep` for the source's own precision")
+    method: str | None = Field(default=None, description="solver for these tensors, if another than the recipe's")
 
 
 class Recipe(BaseModel):
@@ -34,47 +34,65 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    to: tuple[str, ...] = Field((), description="output as FORMAT[:SCHEME][,option=value]; may be given many times")
-    method: str = Field("rtn", description="solver; see `fewbit methods`")
+    to: tuple[str, ...] = Field(
+        default=(), description="output as FORMAT[:SCHEME][,option=value]; may be given many times"
+    )
+    method: str = Field(default="rtn", description="solver; see `fewbit methods`")
     options: dict[str, OptionValue] = Field(
         default_factory=dict, description="solver option as name=value; may be given many times"
     )
     rules: tuple[Rule, ...] = Field(
-        (), description="PATTERN=SCHEME or PATTERN=keep; may be given many times, the last match counts"
+        default=(), description="PATTERN=SCHEME or PATTERN=keep; may be given many times, the last match counts"
     )
     include: tuple[str, ...] = Field(
-        (), description="roles kept by default that shall be quantised too: embed, head, router …"
+        default=(), description="roles kept by default that shall be quantised too: embed,head,router …"
     )
     on_misfit: Literal["refuse", "keep"] = Field(
-        "refuse", description="a tensor that the scheme does not suit: refuse the job, or keep the tensor"
+        default="refuse", description="a tensor that the scheme does not suit: refuse the job, or keep the tensor"
     )
-    requantize: bool = Field(False, description="accept a source that is already quantised, by its decoded values")
+    requantize: bool = Field(
+        default=False, description="accept a source that is already quantised, by its decoded values"
+    )
     rewrites: tuple[str, ...] = Field(
-        (), description="rewrites of the float model before solving: smooth, awq, rotate …"
+        default=(), description="rewrites of the float model before solving: smooth,awq,rotate …"
     )
     calib: str | None = Field(
-        None, description="calibration text: file (txt, jsonl, parquet), `default`, or a dataset name"
+        default=None, description="calibration text: file (txt, jsonl, parquet), `default`, or a dataset name"
     )
-    calib_samples: int = Field(128, ge=1, description="calibration sequences")
-    calib_length: int = Field(512, ge=8, description="tokens per calibration sequence")
+    calib_samples: int = Field(default=128, ge=1, description="calibration sequences")
+    calib_length: int = Field(default=512, ge=8, description="tokens per calibration sequence")
     activation_range: Literal["absmax", "percentile", "mse"] = Field(
-        "absmax",
+        default="absmax",
         description="how far static activation scales reach: the largest input, a percentile, or least squared error",
     )
     activation_percentile: float = Field(
-        99.99, gt=0, le=100, description="per cent of the inputs inside the range of `--activation-range percentile`"
+        default=99.99,
+        gt=0,
+        le=100,
+        description="per cent of the inputs inside the range of `--activation-range percentile`",
     )
     kv: Literal["fp8"] | None = Field(
-        None, description="calibrated scales of cached keys and values (fp8), where the format has a place for them"
+        default=None,
+        description="calibrated scales of cached keys and values (fp8), where the format has a place for them",
     )
-    imatrix: str | None = Field(None, description="importance matrix file (GGUF or the older binary form)")
-    seed: int = Field(0, ge=0, description="seed of everything random")
-    max_shard_size: str = Field("5GB", description="largest output file, e.g. 5GB")
+    imatrix: str | None = Field(default=None, description="importance matrix file (GGUF or the older binary form)")
+    seed: int = Field(default=0, ge=0, description="seed of everything random")
+    max_shard_size: str = Field(default="5GB", description="largest output file, e.g. 5GB")
 
     @field_validator("to", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("rewrites", "include", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        words = (value,) if isinstance(value, str) else value
+        return tuple(part.strip() for word in words for part in word.split(",")) if _texts(words) else value
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
 
 
 def parse_size(text: str) -> int:
@@ -83,14 +101,14 @@ def parse_size(text: str) -> int:
     Raises:
         InputError: FB-E0402 when it is not a size.
     """
-    units = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+    units = {"": 1, "b": 1}
+    for power, letter in enumerate("kmgt", 1):
+        units |= {letter: 1000**power, f"{letter}b": 1000**power, f"{letter}ib": 1024**power}
     word = text.strip().lower().replace(" ", "")
     number = word.rstrip("bikmgt")
-    unit = word[len(number) :]
-    scale = 1024 ** "kmgt".index(unit[0]) * 1024 if unit.endswith("ib") else units.get(unit.removesuffix("b") or "")
     try:
-        size = int(float(number) * scale)
-    except (TypeError, ValueError, OverflowError):
+        size = int(float(number) * units[word[len(number) :]])
+    except (KeyError, ValueError, OverflowError):
         raise InputError("FB-E0402", f"{text!r} is not a size") from None
     if size <= 0:
         raise InputError("FB-E0402", f"a size must be positive, got {text!r}")

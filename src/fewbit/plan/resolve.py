@@ -97,21 +97,12 @@ def resolve(
         )
     _check_recipe(manifest, recipe, known, errors)
     warnings += _tower_warning(manifest, known, recipe)
-    outputs = []
+    outputs: list[Output] = []
     for target in recipe.to:
         try:
-            name, spelling, options = parse_target(target)
-            form = format_named(name)
-            if form.container == "gguf":
-                words = (target, spelling or form.default_scheme, options)
-                label = source.rstrip("/").rpartition("/")[2] or "model"
-                cacheless = replace(manifest, tensors={n: i for n, i in manifest.items() if kv_scale(n) is None})
-                output, notes = resolve_gguf(*words, cacheless, config, known, recipe, files or {}, label)
-                outputs.append(output)
-                warnings += [f"{target}: {note}" for note in notes]
-            else:
-                base = parse_scheme(spelling or form.default_scheme)
-                outputs.append(_resolve_output(target, form, base, options, manifest, config, known, recipe, errors))
+            output, notes = _resolve_target(target, manifest, config, known, recipe, files or {}, source, errors)
+            outputs.append(output)
+            warnings += [f"{target}: {note}" for note in notes]
         except Refusals as refused:
             errors += refused.errors
         except FewbitError as error:
@@ -135,6 +126,28 @@ def resolve(
         needs=tuple(needs),
         disk_bytes=sum(out.nbytes for out in outputs),
     )
+
+
+def _resolve_target(
+    target: str,
+    manifest: Manifest,
+    config: Mapping[str, Any],
+    known: Mapping[str, TensorFacts],
+    recipe: Recipe,
+    files: Mapping[str, bytes],
+    source: str,
+    errors: list[FewbitError],
+) -> tuple[Output, tuple[str, ...]]:
+    """One output, and what is worth saying of it."""
+    name, spelling, options = parse_target(target)
+    form = format_named(name)
+    spelling = spelling or form.default_scheme
+    if form.container == "gguf":
+        label = source.rstrip("/").rpartition("/")[2] or "model"
+        cacheless = replace(manifest, tensors={n: i for n, i in manifest.items() if kv_scale(n) is None})
+        return resolve_gguf(target, spelling, options, cacheless, config, known, recipe, files, label)
+    base = parse_scheme(spelling)
+    return _resolve_output(target, form, base, options, manifest, config, known, recipe, errors), ()
 
 
 def _tower_warning(manifest: Manifest, known: Mapping[str, TensorFacts], recipe: Recipe) -> list[str]:
@@ -244,13 +257,13 @@ def _unlike_neighbours(output: Output) -> list[str]:
     for job in output.jobs:
         for roles in (("q", "k", "v"), ("gate", "up")):
             if job.role in roles:
-                place = job.target.rpartition(f"{job.role}_proj")[0]
-                found.setdefault((job.layer, place, ", ".join(roles)), set()).add(str(job.scheme))
+                before = job.target.rpartition(f"{job.role}_proj")[0]
+                found.setdefault((job.layer, before, ", ".join(roles)), set()).add(str(job.scheme))
     torn = [(place, roles) for (_, place, roles), schemes in found.items() if len(schemes) > 1]
     if not torn:
         return []
-    place, roles = torn[0]
-    what = f"{roles} of {place.rstrip('.')} have different schemes"
+    place, fused = torn[0]
+    what = f"{fused} of {place.rstrip('.')} have different schemes"
     more = f" (and {len(torn) - 1} more such places)" if len(torn) > 1 else ""
     return [f"{output.target}: {what}{more}: vLLM and SGLang fuse them into one matrix and refuse that"]
 

@@ -228,6 +228,6 @@ def _check_quantization(config: dict[str, Any], manifest: Manifest, path: Path) 
     """A method that is named must have left its tensors; what they hold is for the format's own reader to check."""
     said = quantization_of(config)
     marks = _QUANTISED_BY.get(str(said.get("quant_method"))) if said else None
-    if marks and not any(name.endswith(marks) for name in manifest):
+    if said and marks and not any(name.endswith(marks) for name in manifest):
         what = f"quantization_config says {said['quant_method']!r} but no tensor is named …{' or …'.join(marks)}"
         raise InputError("FB-E0206", what, file=path)

@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fewbit.base.errors import InputError
 from fewbit.base.manifest import Manifest, TensorInfo
@@ -50,8 +50,20 @@ class Weights:
     warnings: tuple[str, ...]
 
 
-class Folder:
+class Folder(Protocol):
     """A folder of files: their names now, a file itself when asked."""
+
+    root: Path
+    names: tuple[str, ...]
+
+    def has(self, name: str) -> bool: ...
+
+    def fetch(self, name: str) -> Path:
+        """A path on this machine that holds the file."""
+
+
+class LocalFolder:
+    """A folder on this machine."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -61,7 +73,6 @@ class Folder:
         return os.path.lexists(self.root / name)
 
     def fetch(self, name: str) -> Path:
-        """A path on this machine that holds the file."""
         return self.root / name
 
 
@@ -97,8 +108,8 @@ def find_weights(folder: Folder) -> Weights:
 
 def _numbered(root: Path, found: list[str]) -> Weights:
     """Shards without an index: taken when the numbering proves that all are there."""
-    parts = [_NUMBERED.match(name) for name in found]
-    if all(parts) and len({(part[1], part[3]) for part in parts}) == 1:
+    parts = [part for name in found if (part := _NUMBERED.match(name))]
+    if len(parts) == len(found) and len({(part[1], part[3]) for part in parts}) == 1:
         total = int(parts[0][3])
         missing = set(range(1, total + 1)) - {int(part[2]) for part in parts}
         if missing:
@@ -319,9 +330,9 @@ def open_local(path: Path, revision: str | None = None) -> LocalSource:
     if revision is not None:
         raise InputError("FB-E0120", "a revision is for a hub id, this is a path on disk", file=path)
     if path.is_dir():
-        root, weights = path, find_weights(Folder(path))
+        root, weights = path, find_weights(LocalFolder(path))
     elif path.name.endswith(".json"):
-        root, weights = path.parent, read_index(Folder(path.parent), path.name)
+        root, weights = path.parent, read_index(LocalFolder(path.parent), path.name)
     else:
         root, weights = path.parent, Weights((path.name,), None, None, ())
     config, warnings = configs.read_config(root, required=path.is_dir())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -102,7 +102,7 @@ def _unreachable(what: str, error: Exception) -> InputError:
 
 
 class RemoteFolder:
-    """A repository at one commit, as `directory.Folder` presents a folder."""
+    """A repository at one commit, as a `directory.Folder`."""
 
     def __init__(self, hub: Hub, repo: str, commit: str, files: dict[str, tuple[int, str]], root: Path) -> None:
         self.hub, self.repo, self.commit, self.files, self.root = hub, repo, commit, files, root
@@ -192,10 +192,11 @@ def open_hub(repo: str, revision: str | None = None, hub: Hub | None = None) -> 
     folder = RemoteFolder(hub, repo, commit, files, root)
     weights = find_weights(folder)
     with ThreadPoolExecutor(max_workers=_REQUESTS) as pool:
-        opened: dict[str, ReadableFile] = {name: RemoteFile(folder, name) for name in weights.files}
-        wait = [pool.submit(file.read_start) for file in opened.values()]
+        remote = {name: RemoteFile(folder, name) for name in weights.files}
+        wait: list[Future[Any]] = [pool.submit(file.read_start) for file in remote.values()]
         wait += [pool.submit(folder.fetch, name) for name in AUX_NAMES if name in files]
         for done in wait:
             done.result()
     config, warnings = configs.read_config(root, required=True)
+    opened: dict[str, ReadableFile] = {**remote}
     return checked(LocalSource(root, weights, config, warnings, opened))

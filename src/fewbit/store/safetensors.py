@@ -201,7 +201,8 @@ class _Scanner:
             self.fail("FB-E0109", reason, ascii(name[:200]))
 
     def space(self) -> None:
-        self.pos = _SPACE.match(self.raw, self.pos).end()
+        found = _SPACE.match(self.raw, self.pos)
+        self.pos = found.end() if found else self.pos
 
     def ends(self, mark: bytes) -> bool:
         self.space()

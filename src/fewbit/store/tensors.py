@@ -57,7 +57,7 @@ def from_buffer(buffer: np.ndarray, dtype: str, shape: tuple[int, ...]) -> torch
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor in row-major order, without a copy where it lies contiguous in CPU memory."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()).cast("B")
+    return flat.view(torch.uint8).numpy().data.cast("B")
 
 
 class BufferPool:
@@ -136,7 +136,7 @@ class Files:
     def _read(self, info: TensorInfo, offset: int, nbytes: int, shape: tuple[int, ...]) -> torch.Tensor:
         buffer = self.pool.take(nbytes)
         file = self._files[info.file]
-        file.read_into(memoryview(buffer), offset, info.name)
+        file.read_into(buffer.data, offset, info.name)
         try:
             return from_buffer(buffer, info.dtype, shape)
         except ValueError as error:

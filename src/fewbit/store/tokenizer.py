@@ -65,14 +65,14 @@ def _vocabulary(content: dict[str, Any], path: Path) -> Iterator[tuple[str, int]
         raise InputError("FB-E0211", "tokenizer.json has no vocabulary", file=path)
 
 
-def _added(content: dict[str, Any], path: Path) -> Iterator[tuple[str, int]]:
+def _added(content: dict[str, Any], path: Path) -> Iterator[tuple[str, object]]:
     for item in content.get("added_tokens") or ():
         if not isinstance(item, dict) or not isinstance(item.get("content"), str):
             raise InputError("FB-E0211", f"an added token is {str(item)[:40]!r}", file=path)
         yield item["content"], item.get("id")
 
 
-def _check_ids(tokens: Iterator[tuple[str, int]], rows: int, path: Path) -> None:
+def _check_ids(tokens: Iterator[tuple[str, object]], rows: int, path: Path) -> None:
     ids: set[int] = set()
     seen: set[str] = set()
     for token, number in tokens:

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from fewbit.formats.gguf.parts import Codec, Parts, as_dtype, join, pack_planes, pack_trits, split, unpack_planes
+from fewbit.formats.gguf.parts import (
+    Codec,
+    Parts,
+    Planes,
+    as_dtype,
+    join,
+    pack_planes,
+    pack_trits,
+    split,
+    unpack_planes,
+)
 
 _U8 = np.uint8
 
@@ -23,7 +33,7 @@ def _legacy(bits: int, signed: bool) -> Codec:
 
     def pack(parts: Parts) -> np.ndarray:
         codes, offset = parts["codes"], half if signed else 0
-        fields = [parts["scale"]] if signed else [parts["scale"], parts["value_shift"]]
+        fields: list[np.ndarray | Planes] = [parts["scale"]] if signed else [parts["scale"], parts["value_shift"]]
         if bits == 5:
             fields.append(pack_planes(codes, 1, 1, first=4, offset=offset))
         return join(*fields, pack_planes(codes, 4, 16, offset=offset))
@@ -111,7 +121,7 @@ def _unpack_scales_mins(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _kay(bits: int) -> Codec:
     def pack(parts: Parts) -> np.ndarray:
         codes = parts["codes"]
-        fields = [parts["scale.scale"], -parts["value_shift.scale"]]
+        fields: list[np.ndarray | Planes] = [parts["scale.scale"], -parts["value_shift.scale"]]
         fields.append(_pack_scales_mins(parts["scale.codes"], parts["value_shift.codes"]))
         if bits == 5:
             fields.append(pack_planes(codes, 1, 32, first=4))

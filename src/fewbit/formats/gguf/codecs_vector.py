@@ -35,7 +35,7 @@ def _signs_and_scales(signs: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 def _split_words(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """uint32 [n, 8] -> signs uint32 [n, 32], scales uint8 [n, 8]."""
-    signs = (words[:, :, None] >> _U32([0, 7, 14, 21])) & _U32(127)
+    signs = (words[:, :, None] >> np.array([0, 7, 14, 21], _U32)) & _U32(127)
     return signs.reshape(len(words), 32), (words >> _U32(28)).astype(_U8)
 
 
@@ -125,7 +125,7 @@ def _pack_iq1_s(parts: Parts) -> np.ndarray:
 def _unpack_iq1_s(blocks: np.ndarray) -> Parts:
     d, low, words = split(blocks, 2, 32, 16)
     words = as_dtype(words, "<u2")
-    high = ((words[:, :, None] >> _U16([0, 3, 6, 9])) & _U16(7)).reshape(len(blocks), 32)
+    high = ((words[:, :, None] >> np.array([0, 3, 6, 9], _U16)) & _U16(7)).reshape(len(blocks), 32)
     parts = _parts(_codes(low, high, 8), ((words >> _U16(12)) & _U16(7)).astype(_U8), d)
     return parts | {"code_shift.codes": (words >> _U16(15)).astype(_U8)}
 
@@ -134,7 +134,7 @@ def _unpack_iq1_s(blocks: np.ndarray) -> Parts:
 def _pack_iq1_m(parts: Parts) -> np.ndarray:
     codes, scales = parts["codes"], parts["scale.codes"].astype(_U16)
     d = as_dtype(parts["scale.scale"].view(_U8).reshape(len(codes), 2), "<u2")
-    words = ((d >> _U16([0, 4, 8, 12])) & _U16(15)) << _U16(12)
+    words = ((d >> np.array([0, 4, 8, 12], _U16)) & _U16(15)) << _U16(12)
     for position in range(4):
         words |= scales[:, position::4] << _U16(3 * position)
     return join(_bits(codes, 0, 8).astype(_U8), pack_planes(_bits(codes, 8, 4).astype(_U8), 4, 1), words)
@@ -143,8 +143,8 @@ def _pack_iq1_m(parts: Parts) -> np.ndarray:
 def _unpack_iq1_m(blocks: np.ndarray) -> Parts:
     low, high, words = split(blocks, 32, 16, 8)
     words = as_dtype(words, "<u2")
-    d = ((words >> _U16(12)) << _U16([0, 4, 8, 12])).sum(axis=1, keepdims=True, dtype=_U16)
-    scales = ((words[:, :, None] >> _U16([0, 3, 6, 9])) & _U16(7)).reshape(len(blocks), 16).astype(_U8)
+    d = ((words >> _U16(12)) << np.array([0, 4, 8, 12], _U16)).sum(axis=1, keepdims=True, dtype=_U16)
+    scales = ((words[:, :, None] >> np.array([0, 3, 6, 9], _U16)) & _U16(7)).reshape(len(blocks), 16).astype(_U8)
     return {
         "codes": _codes(low, unpack_planes(high, 4, 1), 8),
         "scale.codes": scales,

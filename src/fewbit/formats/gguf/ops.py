@@ -131,7 +131,7 @@ def _reshaped(q: S, shape: tuple[int, ...]) -> S:
 
 def stack_quantised(parts: list[S]) -> S:
     """Equal tensors under a new leading dimension."""
-    first: Any = parts[0]
+    first: S = parts[0]
     if not isinstance(first, QTensor):
         return torch.stack(parts)
     if any(part.scheme != first.scheme or part.shape != first.shape for part in parts):

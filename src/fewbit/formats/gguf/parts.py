@@ -104,8 +104,8 @@ def join(*fields: np.ndarray | Planes) -> np.ndarray:
     ready = [field if isinstance(field, Planes) else as_bytes(field) for field in fields]
     sizes = [field.nbytes if isinstance(field, Planes) else field.shape[1] for field in ready]
     stride = sum(sizes)
-    first = ready[0].codes if isinstance(ready[0], Planes) else ready[0]
-    blocks = np.empty((len(first), stride), np.uint8)
+    head = ready[0].codes if isinstance(ready[0], Planes) else ready[0]
+    blocks = np.empty((len(head), stride), np.uint8)
     out, at = blocks.reshape(-1), 0
     for field, size in zip(ready, sizes, strict=True):
         if not isinstance(field, Planes):

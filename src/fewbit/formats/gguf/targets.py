@@ -23,8 +23,11 @@ from fewbit.formats.gguf.shapes import resolved, shape_after
 class Info(Protocol):
     """What is needed of a source tensor: a row of a Manifest will do."""
 
-    dtype: str
-    shape: tuple[int, ...]
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)

@@ -83,9 +83,9 @@ def _around(tokens: list[str], own: Mapping[str, Any]) -> dict[str, Any] | None:
     model = own.get("model")
     first = own.get("cls_token_id", own.get("bos_token_id")) if model == "bert" else own.get("bos_token_id")
     last = own.get("seperator_token_id" if model == "bert" else "eos_token_id")
-    before = own.get("add_bos_token", model in ("llama", "bert")) and first is not None
-    after = own.get("add_eos_token", model in ("bert", "t5")) and last is not None
-    if not before and not after:
+    head = first if own.get("add_bos_token", model in ("llama", "bert")) else None
+    tail = last if own.get("add_eos_token", model in ("bert", "t5")) else None
+    if head is None and tail is None:
         return None
 
     def special(token: int, kind: int = 0) -> dict[str, Any]:
@@ -94,12 +94,13 @@ def _around(tokens: list[str], own: Mapping[str, Any]) -> dict[str, Any] | None:
     def text(name: str, kind: int) -> dict[str, Any]:
         return {"Sequence": {"id": name, "type_id": kind}}
 
-    start, end = [special(first)] if before else [], [special(last)] if after else []
-    ids = [int(token) for token, used in ((first, before), (last, after)) if used]
+    start, end = [] if head is None else [special(head)], [] if tail is None else [special(tail)]
+    second = [] if head is None or model == "bert" else [special(head, 1)]
+    ids = [int(token) for token in (head, tail) if token is not None]
     return {
         "type": "TemplateProcessing",
         "single": [*start, text("A", 0), *end],
-        "pair": [*start, text("A", 0), *end, *([] if model == "bert" else [special(first, 1)] if before else []), text("B", 1), *([special(last, 1)] if after else [])],
+        "pair": [*start, text("A", 0), *end, *second, text("B", 1), *([] if tail is None else [special(tail, 1)])],
         "special_tokens": {tokens[token]: {"id": tokens[token], "ids": [token], "tokens": [tokens[token]]} for token in ids},
     }  # fmt: skip
 
