@@ -65,8 +65,8 @@ def on(device: str, b: Block) -> Block:
     return Block(*tensors, p, *(t.clone().to(device) for t in (b.codes, b.out, b.choice, b.loss)))
 
 
-@pytest.mark.parametrize("candidates", [1, 5])
-@pytest.mark.parametrize(("rows", "cols", "group"), [(1, 8, 8), (5, 24, 7), (19, 40, 16)])
+@pytest.mark.parametrize("candidates", [1, 3])
+@pytest.mark.parametrize(("rows", "cols", "group"), [(1, 8, 8), (5, 13, 5), (18, 16, 8)])
 @pytest.mark.parametrize("name", GRIDS)
 def test_the_feedback_loop_equals_the_plain_one(name: str, rows: int, cols: int, group: int, candidates: int) -> None:
     rounder, start = block(name, rows, cols, group, candidates)
@@ -94,6 +94,8 @@ SCHEMES = [
 def test_the_product_equals_that_of_the_decoded_weight(
     spelling: str, tokens: int, rows: int, cols: int, dtype: torch.dtype
 ) -> None:
+    if not CUDA and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter does not multiply bfloat16")
     scheme = parse_scheme(spelling)
     generator = torch.Generator().manual_seed(tokens + rows)
     w, x = torch.randn(rows, cols, generator=generator), torch.randn(tokens, cols, generator=generator).to(dtype)

@@ -37,7 +37,7 @@ REWRITES: dict[str, Rewrite] = {
     "spin": Rewrite(
         "spin",
         frozenset({"tokens"}),
-        {"resid": True, "values": True, "untie": True, "steps": 100, "rate": 0.05, "batch": 4},
+        {"resid": True, "values": True, "untie": True, "steps": 100, "rate": 0.1, "batch": 4},
         "learned rotations (SpinQuant R1, R2): the whole quantised model's KL from the float one, by Cayley steps",
     ),
     "smooth": Rewrite(
