@@ -38,6 +38,13 @@ class Feedback:
     damping: float
     notes: tuple[str, ...] = ()
 
+    def solve(self, rhs: torch.Tensor) -> torch.Tensor:
+        """rhs (H + damping)^-1 by the factor: floating [rows, n], both in visiting order -> the same dtype."""
+        upper, pivot = self.upper.to(rhs.dtype), self.pivot.to(rhs.dtype)
+        words = {"left": False, "unitriangular": True}  # the diagonal of `upper` counts as ones
+        found = torch.linalg.solve_triangular(upper.T, rhs, upper=False, **words)
+        return torch.linalg.solve_triangular(upper, found / pivot.square(), upper=True, **words)
+
     def blockwise(self, width: int) -> Feedback:
         """The same factor for rounding `width` columns at once: no feedback inside a block, pivot^2 the diagonal of each block's metric."""
         full = (self.upper + torch.eye(self.pivot.numel(), device=self.pivot.device)) * self.pivot
@@ -87,10 +94,10 @@ def feedback_factor(gram: torch.Tensor, damping: float = 0.01, *, permutation: t
     notes: list[str] = []
     for step in LADDER:
         matrix, dead = damped(gram.to(dtype), damping * step)
-        lower, info = torch.linalg.cholesky_ex(
-            matrix.flip(0, 1)
-        )  # J H J = L L^T  =>  H = (J L J)(J L J)^T, J L J upper
-        upper = lower.flip(0, 1)
+        matrix = matrix.flip(0, 1)  # J H J = L L^T  =>  H = (J L J)(J L J)^T, J L J upper
+        matrix, info = torch.linalg.cholesky_ex(matrix)  # under one name, so that no copy outlives its use
+        upper = matrix.flip(0, 1)
+        del matrix
         if int(info) == 0 and bool(torch.isfinite(upper.sum(0)).all()):
             pivot = upper.diagonal().clone()
             upper = upper.div_(pivot).triu_(1)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fewbit.base.errors import InputError
-from fewbit.math.linalg import DOUBLE, Feedback, damped, feedback_factor, solve_damped
+from fewbit.math.linalg import DOUBLE, Feedback, damped, feedback_factor
 from fewbit.math.scales import assemble, fit, quantize
 from fewbit.math.search import Params, Search
 from fewbit.math.stats import Stats
@@ -33,7 +33,7 @@ from fewbit.num.scheme import Scheme
 from fewbit.solve.candidates import Candidates, by_row, join, neighbours, only, separable
 from fewbit.solve.gptq_loop import WIDTH, Parameters, run_loop
 from fewbit.solve.sweeps import Quadratic, sweep
-from fewbit.solve.table import Solved, Solver
+from fewbit.solve.table import Solved, Solver, collected
 
 MOST_CANDIDATES = 16  # the lanes of the kernel
 SAMPLED_ROWS = 64  # rows on which the answer is compared with rounding to nearest
@@ -49,6 +49,7 @@ def solve(w: torch.Tensor, stats: Stats | None, scheme: Scheme, *, seed: int, op
     scheme = scheme.weights_only
     if w.ndim < 2:
         raise InputError("FB-E0602", f"error feedback needs a matrix, got shape {tuple(w.shape)}")
+    stats = collected(stats)
     if stats.channels != w.shape[-1]:
         raise InputError(
             "FB-E0703", f"statistics of {stats.channels} channels do not suit a weight of shape {tuple(w.shape)}"
@@ -127,7 +128,7 @@ class Problem:
 
     @classmethod
     def of(cls, w: torch.Tensor, stats: Stats, options: Mapping[str, Any]) -> Problem:
-        gram = _symmetric(stats.gram.to(w.device))
+        gram = _symmetric(stats.held("gram").to(w.device))
         notes: list[str] = []
         order = None
         if options["order"] == "importance":
@@ -140,8 +141,7 @@ class Problem:
             notes.append(f"{dead} of {len(gram)} inputs were always zero: their weights are rounded without feedback")
         wanted = w
         if options["drift"] and stats.cross_gram is not None:
-            wanted, more = drifted(w, gram, stats.cross_gram.to(w.device), options["damping"])
-            notes += more
+            wanted = drifted(w, gram, stats.cross_gram.to(w.device), columns, order)
         rows = outer = None
         unit = 1.0 / max(1, stats.count)
         if options["loss_weighting"] and stats.out_gram is not None:
@@ -158,22 +158,30 @@ class Problem:
 
 
 def drifted(
-    w: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, damping: float
-) -> tuple[torch.Tensor, tuple[str, ...]]:
+    w: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, columns: Feedback, order: torch.Tensor | None
+) -> torch.Tensor:
     """The weights that best turn the quantised model's inputs into the float model's outputs: least squares, drawn towards `w`.
 
     Args:
         w: float32 [rows, cols]; gram: [cols, cols]; cross: [cols, cols], sum of x_float x^T.
+        columns: factor of the gram in the visiting order `order`.
 
     Raises:
-        InputError: FB-E0705 when the cross-gram is not finite or the gram cannot be factored.
+        InputError: FB-E0705 when the cross-gram is not finite.
     """
-    if not bool(torch.isfinite(cross).all()):
+    if not bool(torch.isfinite(cross.sum(0)).all()):
         raise InputError("FB-E0705", "the cross-gram of the inputs holds NaN or infinity")
-    # x_float^T x - x^T x, in float64 so that a small difference of large sums keeps its digits
-    missing = (w.double() @ (cross.double() - gram.double())) if len(gram) <= DOUBLE else w @ (cross - gram)
-    correction, notes = solve_damped(gram, missing, damping)
-    return w + correction, notes
+    # x_float^T x - x^T x, up to a size in float64 so that a small difference of large sums keeps its digits; piece by piece
+    dtype = torch.float64 if len(gram) <= DOUBLE else torch.float32
+    missing = torch.zeros_like(w, dtype=dtype)
+    for a in range(0, len(gram), DOUBLE):
+        cut = slice(a, a + DOUBLE)
+        missing.addmm_(w[:, cut].to(dtype), cross[cut].to(dtype) - gram[cut].to(dtype))
+    if order is None:
+        return w + columns.solve(missing).float()
+    found = torch.empty_like(missing)
+    found[:, order] = columns.solve(missing[:, order])
+    return w + found.float()
 
 
 def _symmetric(gram: torch.Tensor) -> torch.Tensor:
@@ -256,9 +264,9 @@ class Static:
 
     def provide(self, start: int, end: int, x: torch.Tensor, weight: torch.Tensor) -> Parameters:
         groups, inverse = torch.unique(self.gid[start:end].long(), return_inverse=True)
-        parts = (part[:, groups] for part in (self.numbers.scale, self.numbers.zero, self.numbers.shift))
+        scale, zero, shift = (part[:, groups] for part in (self.numbers.scale, self.numbers.zero, self.numbers.shift))
         self.groups = groups
-        return Parameters(*parts, inverse.to(torch.int32))
+        return Parameters(scale, zero, shift, inverse.to(torch.int32))
 
     def chosen(self, start: int, end: int, choice: torch.Tensor) -> None:
         self.choice[:, self.groups] = choice
@@ -276,7 +284,7 @@ class Refitted:
         self.scheme, self.search, self.trial = scheme, search, trial
         self.width = scheme.span * max(1, WIDTH // scheme.span)
         self.pieces: list[Params] = []
-        self.waiting: Candidates | None = None
+        self.waiting: Candidates  # of the columns that `provide` was last asked for
 
     def provide(self, start: int, end: int, x: torch.Tensor, weight: torch.Tensor) -> Parameters:
         params = fit(self.scheme, x, weight, self.search)

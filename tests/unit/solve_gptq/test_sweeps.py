@@ -146,3 +146,6 @@ def test_damped_solution_solves() -> None:
     gram = x.T @ x
     found, notes = solve_damped(gram, rhs, 0.01)
     assert notes == () and torch.allclose(found @ damped(gram, 0.01)[0], rhs, atol=1e-3)
+    order = torch.randperm(24, generator=gen)
+    again = feedback_factor(gram, 0.01, permutation=order).solve(rhs[:, order].double())
+    assert torch.allclose(again.float(), found[:, order], atol=1e-5)
