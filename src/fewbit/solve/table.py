@@ -88,10 +88,8 @@ class Solver:
 
     def check(self, stats: Stats | None, options: Mapping[str, Any]) -> dict[str, Any]:
         """All options, defaults filled in, after checking them and that the statistics needed are there."""
-        unknown = [name for name in options if name not in self.options]
-        if unknown:
-            raise InputError("FB-E0704", self.fault(unknown[0], None))
-        faults = [fault for name, value in options.items() if (fault := self.fault(name, value))]
+        unknown_first = sorted(options, key=self.options.__contains__)
+        faults = [fault for name in unknown_first if (fault := self.fault(name, options[name]))]
         if faults:
             raise InputError("FB-E0704", faults[0])
         missing = [need for need in sorted(self.needs) if stats is None or getattr(stats, need) is None]
@@ -116,6 +114,17 @@ class Solver:
         else:
             return None
         return None if right else f"option {option} of method {self.name} must be {wanted}, got {value!r}"
+
+
+def collected(stats: Stats | None) -> Stats:
+    """Statistics that a solver's `needs` asked for.
+
+    Raises:
+        InputError: FB-E0704 when there are none.
+    """
+    if stats is None:
+        raise InputError("FB-E0704", "calibration statistics are needed")
+    return stats
 
 
 class _Table(Mapping[str, Solver]):
