@@ -81,7 +81,6 @@ def compressed_files() -> None:
     import compressed_tensors
     from compressed_tensors.compressors.base import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
-    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
     from compressed_tensors.quantization.utils import calculate_qparams
 
     args = {
@@ -119,6 +118,16 @@ def compressed_files() -> None:
             reference,
             {"quantization_config": config},
         )
+    compressed_blocks()
+    print("compressed-tensors", compressed_tensors.__version__)
+
+
+def compressed_blocks() -> None:
+    """The block formats of compressed-tensors: NVFP4 and MXFP4."""
+    from compressed_tensors.compressors.base import BaseCompressor
+    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
     for preset in ("NVFP4A16", "MXFP4A16"):
         scheme = preset_name_to_scheme(preset, ["Linear"])
         word = "nvfp4-pack-quantized" if "NV" in preset else "mxfp4-pack-quantized"
@@ -147,7 +156,6 @@ def compressed_files() -> None:
             reference,
             {"quantization_config": config},
         )
-    print("compressed-tensors", compressed_tensors.__version__)
 
 
 def mlx_files() -> None:

@@ -185,11 +185,13 @@ def quantize(
         plan = _decide(source, str(model), chosen, out, Limits(ram, workers, vram, device))
         how = settings(ram, workers, device, overwrite, **({"on_event": on_event} if on_event else {}), vram=vram)
         require_device(how.device)
-        calibrated = None
+        by_blocks = None
         if plan.needs:
             from fewbit.run.block import calibrated
+
+            by_blocks = calibrated
         with device_memory(how.device, how.vram):
-            outcome = run_plan(plan, source, out, how, calibrated)
+            outcome = run_plan(plan, source, out, how, by_blocks)
         if strict:
             _check_strict(plan, outcome.notes)
         verified = _verify(outcome.outputs, source) if verify else None

@@ -48,27 +48,20 @@ def command(
     from fewbit import api
     from fewbit.report.text import outcome_page, plan_page
 
-    sizes = {"ram": parse_size(ram) if ram else None, "vram": parse_size(vram) if vram else 0}
+    main, beside = parse_size(ram) if ram else None, parse_size(vram) if vram else 0
     if dry_run:
-        plan = api.plan_quantize(model, recipe, out=out, device=device, workers=workers, revision=revision, **sizes)
+        plan = api.plan_quantize(
+            model, recipe, out=out, ram=main, vram=beside, device=device, workers=workers, revision=revision
+        )
         print_json("fewbit.dry-run/1", plan.record()) if json else print(plan_page(plan))
         return
     if out is None:
         raise typer.BadParameter("an output folder is needed: -o OUT (or --dry-run)")
     with progress(quiet=quiet or json) as on_event:
         result = api.quantize(
-            model,
-            recipe,
-            out=out,
-            device=device,
-            workers=workers,
-            overwrite=overwrite,
-            verify=verify,
-            strict=strict,
-            revision=revision,
-            on_event=on_event,
-            **sizes,
-        )
+            model, recipe, out=out, ram=main, vram=beside, device=device, workers=workers, overwrite=overwrite,
+            verify=verify, strict=strict, revision=revision, on_event=on_event,
+        )  # fmt: skip
     if json:
         print_json("fewbit.quantize/1", result.record())
     elif not quiet:

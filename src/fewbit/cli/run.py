@@ -141,7 +141,8 @@ def _load(source: Source, word: str) -> tuple[Any, dict[str, Any]]:
     started = time.perf_counter()
     chosen = _dtype(word, source)
     module = build_model(source.config)
-    if not hasattr(module, "generate") or not module.can_generate():
+    able = getattr(module, "can_generate", None)
+    if not hasattr(module, "generate") or able is None or not able():
         raise InputError("FB-E0907", f"a {type(module).__name__} does not generate text")
 
     kept = source.held if isinstance(source, GgufAsCheckpoint) else source.qtensor

@@ -202,8 +202,9 @@ def measure(
         target = chosen.tokens[window, positions + 1]
         given = [_checked(logits(window, positions), p_logits, name) for logits in candidates]
         every = [compare(p_logits, q_logits, target, exactness) for q_logits in given]
-        for parts in every if nll is not None else ():
-            parts["base_nll"] = nll.double()  # type: ignore[union-attr]
+        if nll is not None:
+            for parts in every:
+                parts["base_nll"] = nll.double()
         if pair:
             every.append(compare(given[0], given[1], target))
         count = torch.ones_like(positions)
@@ -247,7 +248,10 @@ def study(
     tell = say or (lambda _line: None)
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(open_source(base))
-        opened: list[Source | GgufView] = [stack.enter_context(open_candidate(path, source)) for path in candidates]
+        opened: list[Source | GgufView] = []
+        for path in candidates:
+            opened.append(open_candidate(path, source))
+            stack.enter_context(opened[-1])
         reference = Reference(source, options, tell)
         stack.callback(reference.close)
         made = Study(

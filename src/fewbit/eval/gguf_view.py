@@ -63,7 +63,7 @@ class GgufView:
 
     @cached_property
     def _readers(self) -> Mapping[str, Any]:
-        return users([target for target in self.targets.values() if target.reads])  # type: ignore[misc]
+        return users([target for target in self.targets.values() if target.reads])
 
     def kind(self, name: str) -> str:
         """The GGML types that a tensor of the base is stored as, e.g. "Q4_K"."""

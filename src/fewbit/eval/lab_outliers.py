@@ -74,7 +74,7 @@ def _quantized(x: torch.Tensor, spelling: str) -> tuple[torch.Tensor, torch.Tens
     """(what comes back, scales) of absmax quantisation with float32 scales."""
     scheme: Scheme = parse_scheme(spelling).with_scale_leaf(F32)
     q = quantize(scheme, x, None, Search(method="absmax"))
-    return q.dequantize(), q.scale.float()  # type: ignore[union-attr]
+    return q.dequantize(), q.leaf("scale").float()
 
 
 def _errors(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, outlier_part: torch.Tensor) -> tuple[float, float]:
@@ -171,7 +171,7 @@ def _awq(x: torch.Tensor, w: torch.Tensor) -> Remedy:
     """Scale salient input channels of W up before rounding and undo it afterwards; the exponent is searched on the output error."""
     size = x.abs().mean(0)
     exact = x @ w.T
-    best: tuple[float, float, torch.Tensor, torch.Tensor, float] | None = None
+    found: list[tuple[float, float, torch.Tensor, torch.Tensor, float]] = []
     for step in range(20):
         alpha = step / 20
         factor = (size / size.log().mean().exp()) ** alpha
@@ -179,9 +179,8 @@ def _awq(x: torch.Tensor, w: torch.Tensor) -> Remedy:
         wide, scale = _quantized(w * factor, "int4-channel")
         w_hat = wide / factor
         loss = float((x @ w_hat.T - exact).square().mean())
-        if best is None or loss < best[0]:
-            best = (loss, alpha, w_hat, factor, float(scale.flatten()[0]))
-    _, alpha, w_hat, factor, step_size = best  # type: ignore[misc]
+        found.append((loss, alpha, w_hat, factor, float(scale.flatten()[0])))
+    _, alpha, w_hat, factor, step_size = min(found, key=lambda tried: tried[0])
     whole, ordinary = _weight_error(x, w, w_hat)
     error = float((w_hat[:, CHANNEL] - w[:, CHANNEL]).abs().max())
     detail = (

@@ -11,6 +11,7 @@ import torch
 
 from fewbit.base.errors import InputError
 from fewbit.math.scales import Search, quantize
+from fewbit.math.search import Method
 from fewbit.num.blocks import Blocks
 from fewbit.num.grid import F16, F32, IntGrid
 from fewbit.num.qtensor import QTensor, decode_codes, expand, values_of
@@ -92,7 +93,7 @@ def by_hand(scheme: Scheme) -> Scheme:
 
 
 def quantize_numbers(
-    numbers: Sequence[float], scheme: Scheme, asked: str = "", *, exact: bool = True, search: str = "absmax"
+    numbers: Sequence[float], scheme: Scheme, asked: str = "", *, exact: bool = True, search: Method = "absmax"
 ) -> Quantized:
     """Every step of quantising a vector.
 
@@ -104,7 +105,7 @@ def quantize_numbers(
     """
     used = by_hand(scheme.weights_only) if exact else scheme.weights_only
     w = torch.tensor([list(numbers)], dtype=torch.float64).float()
-    q = quantize(used, w, None, Search(method=search))  # type: ignore[arg-type]
+    q = quantize(used, w, None, Search(method=search))
     blocks = tuple(_blocks(q, w, search)) if not used.is_leaf and used.grid.dim == 1 else (_plain_block(q, w),)
     error = (q.dequantize() - w).abs().double()
     return Quantized(

@@ -193,10 +193,10 @@ class Score:
     def record(self) -> dict[str, Any]:
         """The score as plain data."""
 
-        def shown(estimate: Estimate) -> dict[str, float]:
+        def shown(estimate: Estimate) -> dict[str, float | None]:
             low, high = interval(estimate, self.clusters)
             numbers = {"value": estimate[0], "stderr": estimate[1], "low": low, "high": high}
-            return {name: number if math.isfinite(number) else None for name, number in numbers.items()}  # type: ignore[misc]
+            return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
 
         return {
             "name": self.name,

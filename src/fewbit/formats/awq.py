@@ -19,7 +19,7 @@ from fewbit.base.manifest import Manifest
 from fewbit.base.names import stem
 from fewbit.formats.experts import per_expert
 from fewbit.formats.gptq import conform
-from fewbit.formats.kinds import LEAF_GRID, STORED_DTYPE, Affine, affine_of, misfit, sibling, single_scheme
+from fewbit.formats.kinds import LEAF_GRID, STORED_DTYPE, Affine, affine_of, as_affine, misfit, sibling, single_scheme
 from fewbit.formats.table import Assignment, Format, Parts, Stored
 from fewbit.num.blocks import CHANNEL, Blocks
 from fewbit.num.grid import BF16, F16
@@ -54,8 +54,7 @@ def accepts(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
 
 def parts(name: str, scheme: Scheme, shape: tuple[int, ...]) -> Parts:
     """Stored tensors of one weight, from its shape alone."""
-    affine = affine_of(scheme)
-    assert affine is not None
+    affine = as_affine(scheme)
     (rows, cols), (_, groups) = shape, scheme.block_counts(shape)
     return {
         sibling(name, "qweight"): ("I32", (cols, rows // 8)),

@@ -28,7 +28,7 @@ from fewbit.base.names import stem
 from fewbit.formats.kinds import Affine, affine_of, misfit, sibling, single_scheme
 from fewbit.formats.table import Assignment, Format, Parts, Stored
 from fewbit.num.blocks import CHANNEL, flat
-from fewbit.num.grid import BNB_DYNAMIC8, BNB_FP4, F32, NF4, Codebook
+from fewbit.num.grid import BNB_DYNAMIC8, BNB_FP4, F32, NF4, Codebook, Grid
 from fewbit.num.scheme import Scheme, double_quantised, leaf
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def parts(name: str, scheme: Scheme, shape: tuple[int, ...]) -> Parts:
             sibling(name, "weight_format"): ("U8", ()),
         }
     blocks = scheme.block_counts(shape)[-1]
-    nested = not scheme.scale.is_leaf
+    nested = not scheme.part("scale").is_leaf
     found: Parts = {
         name: ("U8", (prod(shape) // 2, 1)),
         f"{name}.absmax": ("U8" if nested else "F32", (blocks,)),
@@ -89,7 +89,7 @@ def parts(name: str, scheme: Scheme, shape: tuple[int, ...]) -> Parts:
         f"{name}.{_STATE}{_quant_type(scheme)}": ("U8", (len(_state(scheme, shape, 0.0)),)),
     }
     if nested:
-        found[f"{name}.nested_absmax"] = ("F32", (ceil(blocks / scheme.scale.blocks.cols),))
+        found[f"{name}.nested_absmax"] = ("F32", (ceil(blocks / scheme.part("scale").blocks.cols),))
         found[f"{name}.nested_quant_map"] = ("F32", (256,))
     return found
 
@@ -102,9 +102,9 @@ def _state(scheme: Scheme, shape: tuple[int, ...], offset: float) -> bytes:
         "dtype": "bfloat16",
         "shape": list(shape),
     }
-    if scheme.scale.is_leaf:
+    if scheme.part("scale").is_leaf:
         return json.dumps(facts).encode()
-    facts |= {"nested_blocksize": scheme.scale.blocks.cols, "nested_dtype": "float32", "nested_offset": offset}
+    facts |= {"nested_blocksize": scheme.part("scale").blocks.cols, "nested_dtype": "float32", "nested_offset": offset}
     text = json.dumps(facts)
     return text.ljust(len(text) - len(json.dumps(offset)) + _OFFSET_WIDTH).encode()
 
@@ -123,7 +123,7 @@ def encode(name: str, q: QTensor) -> dict[str, torch.Tensor]:
     scheme = q.scheme
     refuse_sides(name, q, "bitsandbytes", allowed=("multiple",))
     if scheme == INT8:
-        row_max = q.sides.get("multiple", multiple_of(q.scale, 127.0)).reshape(-1)
+        row_max = q.sides.get("multiple", multiple_of(q.leaf("scale"), 127.0)).reshape(-1)
         zero = torch.zeros((), dtype=torch.uint8)
         return {
             name: q.codes.reshape(q.shape).contiguous(),
@@ -135,12 +135,13 @@ def encode(name: str, q: QTensor) -> dict[str, torch.Tensor]:
         f"{name}.quant_map": torch.tensor(scheme.grid.levels(), dtype=torch.float32) + 0.0,  # no negative zero
     }
     offset = 0.0
-    if scheme.scale.is_leaf:
-        out[f"{name}.absmax"] = q.scale.reshape(-1)
+    if scheme.part("scale").is_leaf:
+        out[f"{name}.absmax"] = q.leaf("scale").reshape(-1)
     else:
-        offset = float(q.scale.value_shift.reshape(()))
-        out[f"{name}.absmax"] = q.scale.codes.reshape(-1)
-        out[f"{name}.nested_absmax"] = q.scale.scale.reshape(-1)
+        nested = q.nested("scale")
+        offset = float(nested.leaf("value_shift").reshape(()))
+        out[f"{name}.absmax"] = nested.codes.reshape(-1)
+        out[f"{name}.nested_absmax"] = nested.leaf("scale").reshape(-1)
         out[f"{name}.nested_quant_map"] = torch.tensor(BNB_DYNAMIC8.levels(), dtype=torch.float32)
     state = torch.tensor(list(_state(scheme, q.shape, offset)), dtype=torch.uint8)
     return out | {f"{name}.{_STATE}{_quant_type(scheme)}": state}
@@ -169,17 +170,14 @@ def decode(name: str, read: Callable[[str], torch.Tensor], stored: Stored) -> QT
     _check_levels(f"{name}.quant_map", read, scheme.grid)
     codes = unpack(read(name).reshape(-1), 4, prod(shape), order="msb").reshape(shape)
     absmax, counts = read(f"{name}.absmax"), scheme.block_counts(shape)
-    if scheme.scale.is_leaf:
+    if scheme.part("scale").is_leaf:
         return QTensor(scheme, shape, codes, absmax.reshape(counts))
     _check_levels(f"{name}.nested_quant_map", read, BNB_DYNAMIC8)
-    inner = scheme.scale.block_counts(counts)
+    inner = scheme.part("scale").block_counts(counts)
     mean = torch.tensor(facts["nested_offset"], dtype=torch.float32).reshape(1, 1)
-    return QTensor(
-        scheme,
-        shape,
-        codes,
-        QTensor(scheme.scale, counts, absmax.reshape(counts), read(f"{name}.nested_absmax").reshape(inner), None, mean),
-    )
+    outer = read(f"{name}.nested_absmax").reshape(inner)
+    nested = QTensor(scheme.part("scale"), counts, absmax.reshape(counts), outer, None, mean)
+    return QTensor(scheme, shape, codes, nested)
 
 
 def _read_state(name: str, read: Callable[[str], torch.Tensor], scheme: Scheme) -> dict[str, Any]:
@@ -201,7 +199,7 @@ def _read_state(name: str, read: Callable[[str], torch.Tensor], scheme: Scheme) 
     return facts
 
 
-def _check_levels(part: str, read: Callable[[str], torch.Tensor], grid: Codebook) -> None:
+def _check_levels(part: str, read: Callable[[str], torch.Tensor], grid: Grid) -> None:
     import torch
 
     levels = torch.tensor(grid.levels(), dtype=torch.float32)
@@ -224,7 +222,7 @@ def config(source: dict[str, Any], assignment: Assignment) -> tuple[dict[str, An
         "bnb_4bit_compute_dtype": "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": _quant_type(scheme) if four else "fp4",
-        "bnb_4bit_use_double_quant": four and not scheme.scale.is_leaf,
+        "bnb_4bit_use_double_quant": four and not scheme.part("scale").is_leaf,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
         "llm_int8_skip_modules": list(

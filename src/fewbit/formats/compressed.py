@@ -161,7 +161,7 @@ def encode(name: str, q: QTensor) -> dict[str, torch.Tensor]:
     out: dict[str, torch.Tensor] = {}
     if affine_of(scheme) is not None:
         bits = int(scheme.grid.bits)
-        out["scale"] = q.scale.reshape(sizes["scale"][1])
+        out["scale"] = q.leaf("scale").reshape(sizes["scale"][1])
         codes = unsigned_codes(q).reshape(q.shape)
         if "packed" in sizes:
             out["packed"] = pack(codes, bits, word=torch.int32)
@@ -170,9 +170,9 @@ def encode(name: str, q: QTensor) -> dict[str, torch.Tensor]:
             out[""] = signed_codes(codes, bits)
         if "zero_point" in sizes and sizes["zero_point"][0] == "I32":
             counts = scheme.block_counts(q.shape)
-            out["zero_point"] = pack(q.code_shift.reshape(counts).mT, bits, word=torch.int32).mT.contiguous()
+            out["zero_point"] = pack(q.leaf("code_shift").reshape(counts).mT, bits, word=torch.int32).mT.contiguous()
         elif "zero_point" in sizes:
-            out["zero_point"] = signed_codes(q.code_shift, bits).reshape(sizes["zero_point"][1])
+            out["zero_point"] = signed_codes(q.leaf("code_shift"), bits).reshape(sizes["zero_point"][1])
     else:
         codes, counts = q.codes.reshape(q.shape), scheme.block_counts(q.shape)
         if "packed" in sizes:
@@ -180,10 +180,10 @@ def encode(name: str, q: QTensor) -> dict[str, torch.Tensor]:
         else:
             out[""] = codes.view(torch.float8_e4m3fn)
         if is_nvfp4(scheme):
-            out["scale"] = q.scale.codes.view(torch.float8_e4m3fn).reshape(counts)
-            out["global_scale"] = global_divisor(q.scale).reshape(sizes["global_scale"][1])
+            out["scale"] = q.nested("scale").codes.view(torch.float8_e4m3fn).reshape(counts)
+            out["global_scale"] = global_divisor(q.nested("scale")).reshape(sizes["global_scale"][1])
         else:
-            out["scale"] = leaf_as(q.scale, sizes["scale"][0]).reshape(sizes["scale"][1])
+            out["scale"] = leaf_as(q.leaf("scale"), sizes["scale"][0]).reshape(sizes["scale"][1])
     tensors = {part(name, suffix) if suffix else name: tensor.contiguous() for suffix, tensor in out.items()}
     return tensors | _encode_input(name, q)
 
@@ -231,15 +231,10 @@ def decode(name: str, read: Read, stored: Stored) -> QTensor:
         return _reordered(q, read, stored, name)
     codes = unpack(get["packed"], int(scheme.grid.bits), shape[-1]) if "packed" in get else get[""].view(torch.uint8)
     if is_nvfp4(scheme):
-        return QTensor(
-            scheme,
-            shape,
-            codes,
-            from_divisor(scheme.scale, get["scale"].reshape(counts), get["global_scale"]),
-            sides=sides,
-        )
-    scale = get["scale"].view(torch.float8_e8m0fnu) if mx_element(scheme) is not None else get["scale"]
-    return QTensor(scheme, shape, codes, scale.reshape(counts), sides=sides)
+        scale = from_divisor(scheme.part("scale"), get["scale"].reshape(counts), get["global_scale"])
+        return QTensor(scheme, shape, codes, scale, sides=sides)
+    levels = get["scale"].view(torch.float8_e8m0fnu) if mx_element(scheme) is not None else get["scale"]
+    return QTensor(scheme, shape, codes, levels.reshape(counts), sides=sides)
 
 
 def _reordered(q: QTensor, read: Read, stored: Stored, name: str) -> QTensor:

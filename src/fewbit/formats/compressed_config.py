@@ -105,10 +105,10 @@ def activation_args(scheme: Scheme) -> Args | str | None:
         return f"static activation scales are one per tensor, got {inputs.blocks.spelling}"
     if inputs.blocks == CHANNEL:
         return {"num_bits": bits, "type": kind, **common, "strategy": "token"}
-    words = strategy(inputs.blocks)
-    if words is None or words["strategy"] == "block":
+    place = strategy(inputs.blocks)
+    if place is None or place["strategy"] == "block":
         return f"activations are quantised per tensor, token or group, got {inputs.blocks.spelling}"
-    return {"num_bits": bits, "type": kind, **common, **words}
+    return {"num_bits": bits, "type": kind, **common, **place}
 
 
 def scheme_of(weights: Args, inputs: Args | None, scale_dtype: str | None, word: str) -> Scheme:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fewbit.formats.kinds import Affine, affine_of, fp8_scale, is_nvfp4, mx_element
+from fewbit.formats.kinds import Affine, affine_of, as_affine, fp8_scale, is_nvfp4, mx_element
 from fewbit.formats.modelopt import algorithm
 from fewbit.formats.table import format_named
 from fewbit.num.blocks import TENSOR
@@ -92,8 +92,7 @@ def _ct_sglang(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
 
 def _gptq_bits(bits: tuple[int, ...], symmetric: bool) -> Rule:
     def rule(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
-        affine = affine_of(scheme)
-        assert affine is not None
+        affine = as_affine(scheme)
         if affine.bits not in bits:
             return f"runs GPTQ at {' and '.join(map(str, bits))} bits only, got {affine.bits}"
         if symmetric and affine.zero != "none":
@@ -110,8 +109,7 @@ def _gptq_llamacpp(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
 
 
 def _awq_groups(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
-    affine = affine_of(scheme)
-    assert affine is not None
+    affine = as_affine(scheme)
     return _shape_must_fit_marlin(affine, shape)
 
 

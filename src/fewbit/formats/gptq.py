@@ -29,7 +29,7 @@ from fewbit.base.manifest import Manifest
 from fewbit.base.names import stem
 from fewbit.formats.compressed_config import targets
 from fewbit.formats.experts import per_expert
-from fewbit.formats.kinds import LEAF_GRID, STORED_DTYPE, Affine, affine_of, misfit, sibling
+from fewbit.formats.kinds import LEAF_GRID, STORED_DTYPE, Affine, affine_of, as_affine, misfit, sibling
 from fewbit.formats.table import Assignment, Format, Parts, Stored
 from fewbit.num.blocks import CHANNEL, Blocks
 from fewbit.num.grid import BF16, F16
@@ -75,8 +75,7 @@ def conform(scheme: Scheme, dtype: str) -> Scheme:
 
 def parts(name: str, scheme: Scheme, shape: tuple[int, ...]) -> Parts:
     """Stored tensors of one weight, from its shape alone."""
-    affine = affine_of(scheme)
-    assert affine is not None
+    affine = as_affine(scheme)
     (rows, cols), (_, groups) = shape, scheme.block_counts(shape)
     return {
         sibling(name, "qweight"): ("I32", (cols * affine.bits // 32, rows)),
@@ -148,8 +147,7 @@ def decode(name: str, read: Callable[[str], torch.Tensor], stored: Stored) -> QT
     from fewbit.math.bits import unpack
     from fewbit.num.qtensor import QTensor
 
-    affine = affine_of(stored.scheme)
-    assert affine is not None
+    affine = as_affine(stored.scheme)
     bits, (rows, cols) = affine.bits, stored.shape
     codes = unpack(read(sibling(name, "qweight")).mT.contiguous(), bits, cols)
     zeros = _unpack_zeros(read(sibling(name, "qzeros")), bits, rows, stored.facts["version"]).mT.contiguous()
@@ -203,8 +201,7 @@ def _pattern(target: str) -> str:
 
 
 def _words(scheme: Scheme) -> dict[str, Any]:
-    affine = affine_of(scheme)
-    assert affine is not None
+    affine = as_affine(scheme)
     return {"bits": affine.bits, "group_size": affine.blocks.cols or -1, "sym": affine.zero == "none"}
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fewbit.base.errors import InputError
 from fewbit.base.manifest import Manifest
 from fewbit.base.names import stem
-from fewbit.formats.kinds import LEAF_GRID, STORED_DTYPE, Affine, affine_of, misfit, sibling, single_scheme
+from fewbit.formats.kinds import LEAF_GRID, STORED_DTYPE, Affine, affine_of, as_affine, misfit, sibling, single_scheme
 from fewbit.formats.table import Assignment, Format, Parts, Stored
 from fewbit.num.blocks import Blocks
 from fewbit.num.grid import BF16, F16
@@ -66,8 +66,7 @@ def conform(scheme: Scheme, dtype: str) -> Scheme:
 
 def _settings(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, Any]:
     """The layer's settings, in the types that HQQ gives them."""
-    affine = affine_of(scheme)
-    assert affine is not None
+    affine = as_affine(scheme)
     word = PACKING[affine.bits]
     return {
         "nbits": affine.bits,
@@ -91,8 +90,7 @@ def _settings(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, Any]:
 
 def parts(name: str, scheme: Scheme, shape: tuple[int, ...]) -> Parts:
     """Stored tensors of one weight, from its shape alone."""
-    affine = affine_of(scheme)
-    assert affine is not None
+    affine = as_affine(scheme)
     size, per = affine.blocks.cols, _PER[affine.bits]
     groups, dtype = prod(shape) // size, STORED_DTYPE[affine.scale.name]
     found: Parts = {
@@ -188,8 +186,7 @@ def config(source: dict[str, Any], assignment: Assignment) -> tuple[dict[str, An
         InputError: FB-E0620 when the weights have different schemes.
     """
     scheme = single_scheme(assignment, "HQQ")
-    affine = affine_of(scheme)
-    assert affine is not None
+    affine = as_affine(scheme)
     weights = {
         "nbits": affine.bits,
         "group_size": affine.blocks.cols,

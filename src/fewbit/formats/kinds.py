@@ -82,6 +82,18 @@ def affine_of(scheme: Scheme) -> Affine | None:
     return None
 
 
+def as_affine(scheme: Scheme) -> Affine:
+    """`affine_of` a scheme that a format has accepted.
+
+    Raises:
+        InputError: FB-E0603 when it is not one.
+    """
+    affine = affine_of(scheme)
+    if affine is None:
+        raise InputError("FB-E0603", f"{scheme} is not integers under one scale a block")
+    return affine
+
+
 def mx_element(scheme: Scheme) -> FloatGrid | None:
     """The element grid of an OCP microscaling scheme (groups of 32 under E8M0 scales), or None."""
     if scheme.scale != leaf(E8M0) or scheme.blocks != Blocks(1, 32) or not scheme.symmetric:

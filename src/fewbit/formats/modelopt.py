@@ -30,7 +30,7 @@ from fewbit.base.errors import InputError
 from fewbit.base.manifest import Manifest
 from fewbit.base.names import natural_key, stem
 from fewbit.formats.experts import per_expert
-from fewbit.formats.kinds import LEAF_GRID, STORED_DTYPE, Affine, affine_of, misfit, part, sibling
+from fewbit.formats.kinds import LEAF_GRID, STORED_DTYPE, Affine, affine_of, as_affine, misfit, part, sibling
 from fewbit.formats.table import Assignment, Format, Parts, Stored
 from fewbit.num.blocks import Blocks
 from fewbit.num.grid import F32
@@ -115,8 +115,7 @@ def parts(name: str, scheme: Scheme, shape: tuple[int, ...]) -> Parts:
     found: Parts = {name: ("F8_E4M3", shape)}
     scale = part(name, "scale")
     if word in _AWQ:
-        affine = affine_of(scheme)
-        assert affine is not None
+        affine = as_affine(scheme)
         dtype = STORED_DTYPE[affine.scale.name]
         found = {
             name: ("U8", (rows // 2, cols)),
@@ -160,7 +159,7 @@ def encode(name: str, q: QTensor) -> dict[str, torch.Tensor]:
         packed = pack(codes.mT.contiguous(), 4, word=torch.uint8).mT.contiguous()
         out = {
             name: packed,
-            scale: q.scale.reshape(counts),
+            scale: q.leaf("scale").reshape(counts),
             sibling(name, "pre_quant_scale"): _pre_quant_scale(name, q),
         }
         if word == "W4A8_AWQ":
@@ -168,13 +167,15 @@ def encode(name: str, q: QTensor) -> dict[str, torch.Tensor]:
     elif word in _NVFP4:
         out = {
             name: pack(codes, 4, word=torch.uint8),
-            scale: q.scale.codes.reshape(counts).view(torch.float8_e4m3fn),
-            part(name, "scale_2"): q.scale.scale.reshape(()),
+            scale: q.nested("scale").codes.reshape(counts).view(torch.float8_e4m3fn),
+            part(name, "scale_2"): q.nested("scale").leaf("scale").reshape(()),
         }
     elif word == "MXFP8":
-        out = {name: codes.contiguous().view(torch.float8_e4m3fn), scale: q.scale.reshape(counts).view(torch.uint8)}
+        exponents = q.leaf("scale").reshape(counts).view(torch.uint8)
+        out = {name: codes.contiguous().view(torch.float8_e4m3fn), scale: exponents}
     else:
-        out = {name: codes.contiguous().view(torch.float8_e4m3fn), scale: q.scale.reshape(_scale_shape(word, counts))}
+        levels = q.leaf("scale").reshape(_scale_shape(word, counts))
+        out = {name: codes.contiguous().view(torch.float8_e4m3fn), scale: levels}
     return out | ({sibling(name, "input_scale"): input_scale(name, q).reshape(())} if scheme.static else {})
 
 
@@ -182,12 +183,12 @@ def _pre_quant_scale(name: str, q: QTensor) -> torch.Tensor:
     """What inputs are multiplied by, in the dtype of the scales [cols]: ones unless the tensor was read with others."""
     import torch
 
-    columns = q.sides.get("column_scale")
+    columns, dtype = q.sides.get("column_scale"), q.leaf("scale").dtype
     if columns is None:
-        return torch.ones(q.shape[-1], dtype=q.scale.dtype)
-    stored = columns.to(q.scale.dtype)
+        return torch.ones(q.shape[-1], dtype=dtype)
+    stored = columns.to(dtype)
     if not torch.equal(stored.float(), columns.float()):
-        raise InputError("FB-E0620", f"its scales of columns do not fit {q.scale.dtype}", tensor=name)
+        raise InputError("FB-E0620", f"its scales of columns do not fit {dtype}", tensor=name)
     return stored
 
 
@@ -223,15 +224,9 @@ def decode(name: str, read: Callable[[str], torch.Tensor], stored: Stored) -> QT
             sides |= {} if torch.equal(second, _second_scale(held)) else {"weight_scale_2": second}
         return QTensor(scheme, shape, codes, scale.reshape(counts), sides=sides)
     if word in _NVFP4:
-        assert scheme.scale is not None
         over = read(part(name, "scale_2")).float().reshape(1, 1)
-        return QTensor(
-            scheme,
-            shape,
-            unpack(weight, 4, shape[1]),
-            QTensor(scheme.scale, counts, scale.reshape(counts).view(torch.uint8), over),
-            sides=sides,
-        )
+        nested = QTensor(scheme.part("scale"), counts, scale.reshape(counts).view(torch.uint8), over)
+        return QTensor(scheme, shape, unpack(weight, 4, shape[1]), nested, sides=sides)
     scale = scale.view(torch.float8_e8m0fnu) if word == "MXFP8" else scale.float()
     return QTensor(scheme, shape, weight.view(torch.uint8), scale.reshape(counts), sides=sides)
 
@@ -329,6 +324,7 @@ def _words_for(module: str, given: dict[str, Any]) -> dict[str, Any]:
 def _stored(name: str, words: dict[str, Any], manifest: Manifest) -> Stored:
     word = str(words.get("quant_algo", "")).upper()
     info, scale = manifest[name], manifest.get(part(name, "scale"))
+    shape: tuple[int, ...]
     if scale is None:
         raise InputError("FB-E0621", "a quantised weight without its scales", tensor=part(name, "scale"))
     if word in _AWQ:

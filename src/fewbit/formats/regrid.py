@@ -76,13 +76,12 @@ def _by_codes(q: QTensor, scheme: Scheme) -> QTensor | None:
     codes, zero, offset = _codes_and_shifts(q, scheme, scale)
     if codes is None:
         return None
-    assert scheme.scale is not None
-    if scheme.scale.is_leaf:
-        stored: torch.Tensor | QTensor = _leaf(scheme.scale, scale)
+    part = scheme.part("scale")
+    if part.is_leaf:
+        stored: torch.Tensor | QTensor = _leaf(part, scale)
     else:  # a global scale of one over what is stored directly
-        assert isinstance(q.scale, torch.Tensor)
         one = torch.ones((*scale.shape[:-2], 1, 1), dtype=torch.float32)
-        stored = QTensor(scheme.scale, tuple(scale.shape), scale.to(torch.float8_e4m3fn).view(torch.uint8), one)
+        stored = QTensor(part, tuple(scale.shape), scale.to(torch.float8_e4m3fn).view(torch.uint8), one)
     keep = {
         name: side
         for name, side in q.sides.items()
@@ -115,8 +114,7 @@ def _whole_zeros(q: QTensor, scheme: Scheme) -> QTensor | None:
     zero = exact.round()
     if bool(((zero - exact).abs() > 2**-5).any()) or float(zero.min()) < 0 or float(zero.max()) > grid.high:
         return None
-    assert scheme.code_shift is not None
-    plain = QTensor(middle, q.shape, q.codes, _leaf(scheme.scale, scale), _zero(scheme.code_shift, zero))
+    plain = QTensor(middle, q.shape, q.codes, _leaf(scheme.scale, scale), _zero(scheme.part("code_shift"), zero))
     return plain if middle == scheme else _by_codes(plain, scheme)
 
 

@@ -88,8 +88,8 @@ def job_bytes(job: Job) -> int:
 
 def metadata_bytes(job: Job) -> float:
     """Bytes of scales and shifts."""
-    assert job.scheme is not None
-    return sum(part.storage_bits(job.scheme.block_counts(job.shape)) for _, part in job.scheme.parts()) / 8
+    scheme = job.wanted
+    return sum(part.storage_bits(scheme.block_counts(job.shape)) for _, part in scheme.parts()) / 8
 
 
 @dataclass(frozen=True)

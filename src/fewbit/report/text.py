@@ -38,8 +38,9 @@ def render(*parts: Any, width: int | None = None) -> str:
     import sys
 
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    page = io.StringIO()
     console = Console(
-        file=io.StringIO(),
+        file=page,
         force_terminal=colour,
         width=width or (None if colour else 120),
         highlight=False,
@@ -47,7 +48,7 @@ def render(*parts: Any, width: int | None = None) -> str:
     )
     for part in parts:
         console.print(part)
-    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+    return page.getvalue().rstrip()
 
 
 def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]], title: str = "") -> Table:
@@ -56,7 +57,7 @@ def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]], tit
         title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold", title_style="bold"
     )
     for heading, side in columns:
-        made.add_column(heading, justify=side, overflow="fold")  # type: ignore[arg-type]
+        made.add_column(heading, justify="right" if side == "right" else "left", overflow="fold")
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return made

@@ -119,7 +119,8 @@ class Frames:
 
     def _begin(self) -> None:
         head = self._stream.readline()
-        answer = json.loads(head) if head.startswith(b"{") else {"ok": False, "message": "it gave no answer"}
+        silent = {"ok": False, "message": "it gave no answer"}
+        answer: dict[str, Any] = json.loads(head) if head.startswith(b"{") else silent
         if not answer["ok"]:
             raise self._error(answer["message"])
         self._vocab = int(answer["vocab"])

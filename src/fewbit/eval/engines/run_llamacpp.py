@@ -31,7 +31,7 @@ def library() -> Any:
     package = types.ModuleType("llama_cpp")
     package.__path__ = list(found.submodule_search_locations)
     sys.modules["llama_cpp"] = package
-    extensions = importlib.import_module("llama_cpp._ctypes_extensions")
+    extensions: Any = importlib.import_module("llama_cpp._ctypes_extensions")
     declare = extensions.ctypes_function_for_shared_library
 
     def tolerant(shared: ctypes.CDLL) -> Any:

@@ -114,7 +114,7 @@ def _assemble(scheme: Scheme, shape: tuple[int, ...], parts: Parts, prefix: str 
             stored[name] = _assemble(part, counts, parts, f"{prefix}{name}.")
         else:
             stored[name] = _leaf(part.grid, parts[f"{prefix}{name}"]).reshape(counts)
-    return QTensor(scheme, shape, codes, **stored)
+    return QTensor(scheme, shape, codes, stored.get("scale"), stored.get("code_shift"), stored.get("value_shift"))
 
 
 def _leaf(grid: Grid, entries: np.ndarray) -> torch.Tensor:
