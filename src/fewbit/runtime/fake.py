@@ -19,6 +19,8 @@ What is learned of a parameter is `delta`, in units of its own size, so that one
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -55,12 +57,23 @@ def edges(grid: Grid) -> tuple[float, float]:
     return float(levels[0] - (levels[1] - levels[0]) / 2), above
 
 
+class _Context(Protocol):
+    """What autograd hands to `_Straight`; torch's own declaration leaves out most of it."""
+
+    q: QTensor
+    fixed: bool
+    saved_tensors: tuple[torch.Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...
+
+
 class _Straight(torch.autograd.Function):
     """w_hat of a quantised tensor, with the gradients of the module's text."""
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: _Context,
         w: torch.Tensor,
         scale: torch.Tensor | None,
         code_shift: torch.Tensor | None,
@@ -73,7 +86,7 @@ class _Straight(torch.autograd.Function):
         return q.dequantize(w.dtype if w.dtype.is_floating_point else torch.float32)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: _Context, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         w, *parts = ctx.saved_tensors
         if ctx.q.scheme.is_leaf:
             return _through_mean(g, ctx.q), None, None, None, None, None
@@ -90,7 +103,12 @@ def _through_mean(g: torch.Tensor, q: QTensor) -> torch.Tensor:
 
 
 def _backward(
-    g: torch.Tensor, w: torch.Tensor, parts: list[torch.Tensor | None], q: QTensor, fixed: bool, needs: tuple[bool, ...]
+    g: torch.Tensor,
+    w: torch.Tensor,
+    parts: Sequence[torch.Tensor | None],
+    q: QTensor,
+    fixed: bool,
+    needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of (w, scale, code_shift, value_shift); with fixed codes no weight is inside and w gets none."""
     scheme, shape, kind = q.scheme, q.shape, g.dtype if g.dtype == torch.float64 else torch.float32
@@ -117,7 +135,7 @@ def _backward(
         found[0] = (g * inside).reshape(shape).to(w.dtype)
     if s is not None and needs[1]:
         found[1] = sum_blocks(g * centred, scheme, shape)
-    if z is not None and needs[2]:
+    if z is not None and s is not None and needs[2]:
         found[2] = sum_blocks(-g * s * outside, scheme, shape)
     if v is not None and needs[3]:
         found[3] = sum_blocks(g * outside, scheme, shape)
@@ -195,6 +213,9 @@ class FakeQuantise(nn.Module):
     Raises:
         InputError: FB-E0910 for a quantised tensor with sides (permutation, outliers): they are not fixed values.
     """
+
+    codes: torch.Tensor | None
+    held: torch.Tensor | None
 
     def __init__(self, q: QTensor, *, transposed: bool = False, keep_codes: bool = False) -> None:
         super().__init__()
@@ -277,8 +298,7 @@ class FakeQuantise(nn.Module):
 
 def _as_counts(values: torch.Tensor, scheme: Scheme, counts: tuple[int, ...]) -> torch.Tensor:
     """A scale array with one entry per block, whether or not its leaf shares entries."""
-    part = scheme.scale
-    assert part is not None
+    part = scheme.part("scale")
     return (expand(values, part, counts) if part.is_leaf else values).reshape(counts)
 
 

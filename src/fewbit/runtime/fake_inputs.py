@@ -40,6 +40,7 @@ class FakeInputs(nn.Module):
         self.scheme, self.static, self.search = scheme, static, search
         self.observing = static
         self.batches = 0
+        self.total: torch.Tensor
         self.register_buffer("total", torch.zeros(1, 1))
         self.fake: FakeQuantise | None = None
 
@@ -74,8 +75,7 @@ class FakeInputs(nn.Module):
             return
         if not self.batches:
             raise InputError("FB-E0912", f"no input was seen while observing, so {self.scheme} has no range")
-        assert self.scheme.scale is not None
-        grid = self.scheme.scale.grid
+        grid = self.scheme.part("scale").grid
         scale = pack_leaf(grid, store_scale(grid, self.total / self.batches))
         codes = torch.zeros((1, 1), dtype=code_dtype(self.scheme.grid), device=self.total.device)
         self.fake = FakeQuantise(QTensor(self.scheme, (1, 1), codes, scale))

@@ -94,6 +94,9 @@ class Store:
 class QuantLayer(DynamicLayer):
     """Keys and values of one attention layer: old tokens in few bits, new ones (`keys`, `values`) as they came."""
 
+    keys: torch.Tensor  # transformers leaves them undeclared
+    values: torch.Tensor
+
     def __init__(self, kind: str = "int4", group: int = GROUP, window: int = WINDOW) -> None:
         super().__init__()
         self.scheme, self.group, self.window = scheme_for(kind, group), group, window

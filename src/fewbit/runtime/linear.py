@@ -11,7 +11,7 @@ import json
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,6 +27,24 @@ from fewbit.runtime.layouts import choose
 from fewbit.runtime.parts import flatten, rebuild, sparse
 
 ABOUT = "about"  # name of the state dict's entry that says how a weight is stored
+
+
+def weight_of(layer: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer of any kind.
+
+    Raises:
+        InputError: FB-E0905 for a module that has none.
+    """
+    found = getattr(layer, "weight", None)
+    if not isinstance(found, torch.Tensor):
+        raise InputError("FB-E0905", f"a {type(layer).__name__} has no weight")
+    return found
+
+
+def bias_of(layer: nn.Module) -> torch.Tensor | None:
+    """The bias of a linear layer of any kind, or None."""
+    found = getattr(layer, "bias", None)
+    return found if isinstance(found, torch.Tensor) else None
 
 
 class QuantLinear(nn.Module):
@@ -79,13 +97,18 @@ class QuantLinear(nn.Module):
         return self.shape[1]
 
     @property
+    def held(self) -> dict[str, torch.Tensor]:
+        """The kernel's tensors by name."""
+        return cast("dict[str, torch.Tensor]", self._buffers)  # torch allows None among them, `_hold` registers none
+
+    @property
     def device(self) -> torch.device:
-        return next(iter(self._buffers.values())).device
+        return next(iter(self.held.values())).device
 
     @property
     def nbytes(self) -> int:
         """Bytes that the weight takes in memory: codes, scales and the kernel's tables."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._buffers.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.held.values())
 
     @property
     def weight(self) -> torch.Tensor:
@@ -94,7 +117,7 @@ class QuantLinear(nn.Module):
 
     def qtensor(self) -> QTensor:
         """The weight, exactly as it was given."""
-        return self.layout.from_layout(self.scheme, self.shape, self._buffers)
+        return self.layout.from_layout(self.scheme, self.shape, self.held)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] of any float dtype -> [..., out_features] of the same."""
@@ -120,7 +143,7 @@ class QuantLinear(nn.Module):
     @torch.compiler.disable  # kernels are not traced
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x [tokens, in_features] @ w.T, sides undone, without bias."""
-        held = self._buffers
+        held = self.held
         inner = self._inputs(x)
         if self.layout.quantises_inputs:
             out = self.layout.matmul(inner, held, self.scheme, self.shape, self.threshold)
@@ -132,10 +155,11 @@ class QuantLinear(nn.Module):
 
     def _inputs(self, x: torch.Tensor) -> torch.Tensor:
         """What the codes are multiplied by: columns scaled and in the order of the codes."""
-        if "side_column_scale" in self._buffers:
-            x = x * self._buffers["side_column_scale"].to(x.dtype)
-        if "side_permutation" in self._buffers:
-            x = x[:, self._buffers["side_permutation"]]
+        held = self.held
+        if "side_column_scale" in held:
+            x = x * held["side_column_scale"].to(x.dtype)
+        if "side_permutation" in held:
+            x = x[:, held["side_permutation"]]
         return x
 
     def _quantised(self, x: torch.Tensor) -> torch.Tensor:
@@ -143,7 +167,7 @@ class QuantLinear(nn.Module):
         inner = self.scheme.activation
         if inner is None or not x.numel():
             return x
-        fixed = self._buffers.get("side_input_scale")
+        fixed = self.held.get("side_input_scale")
         if self.scheme.static and fixed is not None and inner.blocks == TENSOR:  # what lies beyond the range is clipped
             scale = fixed.float().reshape(())
             return (round_levels(inner.grid, x.float() / scale) * scale).to(x.dtype)

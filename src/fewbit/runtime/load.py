@@ -18,7 +18,7 @@ from torch import nn
 
 from fewbit.base.errors import InputError
 from fewbit.num.qtensor import QTensor
-from fewbit.runtime.linear import QuantLinear
+from fewbit.runtime.linear import QuantLinear, bias_of
 
 Get = Callable[[str], "torch.Tensor | QTensor"]
 
@@ -26,9 +26,14 @@ Get = Callable[[str], "torch.Tensor | QTensor"]
 class Place(Protocol):
     """Where a stored tensor goes: the whole of a parameter or a part of it."""
 
-    name: str
-    param: str
-    expert: int | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def param(self) -> str: ...
+
+    @property
+    def expert(self) -> int | None: ...
 
     def view(self, param: torch.Tensor) -> torch.Tensor: ...
 
@@ -121,9 +126,9 @@ class _Filler:
             found = found.dequantize()
         return found.to(self.dtype)
 
-    def _replace(self, path: str, owner: nn.Linear, q: QTensor) -> None:
+    def _replace(self, path: str, owner: nn.Module, q: QTensor) -> None:
         parent, _, attribute = path.rpartition(".")
-        layer = QuantLinear(q, owner.bias, dtype=self.dtype).train(owner.training)
+        layer = QuantLinear(q, bias_of(owner), dtype=self.dtype).train(owner.training)
         setattr(self.module.get_submodule(parent), attribute, layer)  # its bias is filled when its turn comes
         self.quantised.append(path)
 

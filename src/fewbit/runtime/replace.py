@@ -20,7 +20,7 @@ from torch import nn
 
 from fewbit.base.errors import InputError
 from fewbit.num.scheme import Scheme, parse_scheme
-from fewbit.runtime.linear import QuantLinear
+from fewbit.runtime.linear import QuantLinear, bias_of, weight_of
 from fewbit.runtime.tables import QuantEmbedding, QuantStack
 from fewbit.solve.table import Solver, solver_named
 
@@ -88,13 +88,13 @@ def quantize_(
             continue
         if id(layer) not in made:  # a layer that stands in two places stays one
             found, row = quantised_layer(
-                layer.weight.detach(), layer.bias, wanted, name=name, transposed=not isinstance(layer, nn.Linear), method=method,
+                weight_of(layer).detach(), bias_of(layer), wanted, name=name, transposed=not isinstance(layer, nn.Linear), method=method,
                 threshold=threshold, options=options, seed=seed,
             )  # fmt: skip
             made[id(layer)] = found.train(layer.training)
             rows.append(row)
         setattr(parent, attribute, made[id(layer)])
-        layer.weight = None  # free the float weight even where someone still holds the layer
+        layer.register_parameter("weight", None)  # free the float weight even where someone still holds the layer
     words = {"threshold": 0.0, "method": method, "options": options, "seed": seed}
     if unknown := set(also) - {"embeddings", "experts"}:
         raise InputError("FB-E0905", f"`also` knows embeddings and experts, not {', '.join(sorted(unknown))}")
@@ -141,15 +141,15 @@ def _embeddings(module: nn.Module, scheme: Scheme, skip: Collection[str], words:
             weights.append(child.weight)
             setattr(owner, attribute, made)
             rows.append(row)
-    for owner, attribute, _, layer in list(linears(module)):
-        if id(layer.weight) in tables and layer.bias is None:
-            setattr(owner, attribute, tables[id(layer.weight)])
+    for owner, attribute, _, user in list(linears(module)):
+        if id(user.weight) in tables and user.bias is None:
+            setattr(owner, attribute, tables[id(user.weight)])
     return rows
 
 
 def linears(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
     """(parent, attribute, full name, layer) of every linear layer, in order."""
-    kinds = (nn.Linear, *_conv1d())
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, *_conv1d())
     for prefix, parent in module.named_modules():
         for attribute, child in parent._modules.items():  # named_children leaves out a second name of one layer
             if isinstance(child, kinds):

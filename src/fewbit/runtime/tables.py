@@ -71,9 +71,7 @@ class QuantEmbedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids integers [...] -> [..., width]."""
         layer = self.table
-        found = rows_of(
-            layer.scheme, layer.shape, layer._buffers, ids.reshape(-1), bytewise=layer.layout.name == "direct"
-        )
+        found = rows_of(layer.scheme, layer.shape, layer.held, ids.reshape(-1), bytewise=layer.layout.name == "direct")
         out = found.to(layer.dtype).reshape(*ids.shape, layer.in_features)
         if self.scale is None:
             return out
@@ -161,7 +159,7 @@ class QuantStack(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.experts)  # type: ignore[misc]
+        return sum(layer.nbytes for layer in self.experts if isinstance(layer, QuantLinear))
 
     def __len__(self) -> int:
         return len(self.experts)

@@ -51,7 +51,7 @@ def to_layout(q: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     held = flatten(q)
     del held["codes"]
     rows, cols = q.shape
-    middle = 8 if q.scheme.grid.signed else 0
+    middle = 8 if q.scheme.grid.low < 0 else 0
     codes = torch.nn.functional.pad(q.codes.to(torch.int32) + middle, (0, 0, 0, -rows % ROWS))
     held["int4"] = torch._convert_weight_to_int4pack_for_cpu(codes.contiguous(), 2)
     held["table"] = _table(q.scheme, (rows, cols), held, 8 - middle).to(dtype)
@@ -72,7 +72,7 @@ def _table(scheme: Scheme, shape: tuple[int, ...], held: Held, middle: int) -> t
 def from_layout(scheme: Scheme, shape: tuple[int, ...], held: Held) -> QTensor:
     rows, cols = shape
     codes = _unpack(held["int4"], cols)[:rows].to(torch.int8)
-    codes = codes - 8 if scheme.grid.signed else codes.to(torch.uint8)
+    codes = codes - 8 if scheme.grid.low < 0 else codes.to(torch.uint8)
     stored = {name: tensor for name, tensor in held.items() if name not in ("int4", "table")}
     return rebuild(scheme, shape, {**stored, "codes": pack_codes(scheme.grid, codes)})
 

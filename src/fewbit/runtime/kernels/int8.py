@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
+from fewbit.base.errors import InputError
 from fewbit.num.blocks import CHANNEL, TENSOR
 from fewbit.num.grid import IntGrid
 from fewbit.num.scheme import Scheme
@@ -103,6 +104,8 @@ def matmul_dynamic(
     Args:
         threshold: inputs of this size or above put their column in floating point; 0 for none.
     """
+    if scheme.activation is None:
+        raise InputError("FB-E0903", f"{scheme} says nothing of the inputs, this kernel multiplies int8 by int8")
     row_scale = _row_scale(held, scheme, shape)
     extra = None
     if threshold > 0:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from math import gcd
 
 import torch
@@ -40,7 +39,8 @@ def row_chunks(scheme: Scheme, shape: tuple[int, ...], held: Held) -> Iterator[t
     rows, cols = shape
     tiling = scheme.blocks.resolve(shape)
     arrays = block_arrays(scheme, shape, held)
-    plain = replace(scheme, activation=None, static=False, **{name: leaf(F32) for name in arrays})
+    direct = {name: leaf(F32) for name in arrays}
+    plain = Scheme(scheme.grid, scheme.blocks, direct.get("scale"), direct.get("code_shift"), direct.get("value_shift"))
     step = _step(scheme, rows, cols)
     count = codes_shape(scheme, shape)[-1]
     for start in range(0, rows, step):
@@ -54,7 +54,8 @@ def row_chunks(scheme: Scheme, shape: tuple[int, ...], held: Held) -> Iterator[t
         else:
             first, last = start // tiling.block_rows, -(-stop // tiling.block_rows)
             parts = {name: array[first:last] for name, array in arrays.items()}
-        yield start, QTensor(plain, (stop - start, cols), codes, **parts).dequantize()
+        scale, code_shift, value_shift = (parts.get(name) for name in PARTS)
+        yield start, QTensor(plain, (stop - start, cols), codes, scale, code_shift, value_shift).dequantize()
 
 
 def block_arrays(scheme: Scheme, shape: tuple[int, ...], held: Held) -> dict[str, torch.Tensor]:
