@@ -223,7 +223,7 @@ def test_cache_scales_in_vllm(tmp_path: Path) -> None:
 VLLM = [
     ("gptq", "int4-g128", NATS), ("gptq-v2", "int4-g128", NATS), ("awq", "int4-g128-asym", NATS), ("compressed-tensors", "int4-g128", NATS),
     ("compressed-tensors", "int4-g128-asym", NATS), ("compressed-tensors", "int8-channel+int8-token", 0.1),
-    ("compressed-tensors", "fp8-e4m3-channel+fp8-e4m3-token", 0.1), ("fp8", "fp8-e4m3-tensor+fp8-e4m3-tensor", 0.1), ("fp8", "fp8-e4m3-block128", 0.1),
+    ("compressed-tensors", "fp8-e4m3-channel+fp8-e4m3-token", 0.1), ("fp8", "fp8-e4m3-block128", 0.1),
 ]  # fmt: skip
 
 
@@ -252,6 +252,14 @@ def test_vllm_on_cpu(form: str, spelling: str, bound: float, tmp_path: Path) -> 
     record("vLLM on CPU", (form, spelling), difference, "nats", bound, {})
     assert difference < bound, difference
     assert all(len(ids) == 4 for ids in result["generated"])
+
+
+def test_what_vllm_on_cpu_does_not_load(tmp_path: Path) -> None:
+    """Layers that it fuses, under a scale each: when this loads, the table is too strict."""
+    require_env("vllm")
+    ours, _ = write_pair("fp8", "fp8-e4m3-tensor+fp8-e4m3-tensor", tmp_path, layers=1)
+    result = run_driver("vllm", "vllm", {"model": ours, "prompts": PROMPTS[:1], "generate": 1}, check=False)
+    assert not result["ok"] and "static_scaled_fp8_quant" in result["message"], result
 
 
 LLAMA_CPP = [("gptq", "int4-g128"), ("awq", "int4-g32-asym"), ("compressed-tensors", "int8-channel"), ("compressed-tensors", "mxfp4"), ("modelopt", "nvfp4"), ("mlx", "uint4-g32-min")]  # fmt: skip

@@ -41,6 +41,7 @@ SEEN = [  # (format, scheme, engine, loads): facts.md B2 and tests/engines
     ("compressed-tensors", "int4-g128-asym", "transformers", True), ("compressed-tensors", "int5-g128", "transformers", True),
     ("bitsandbytes", "nf4-flat64-dq", "transformers", True), ("bitsandbytes", "nf4-flat64-dq", "vllm", False), ("gptq", "int3-g128", "vllm", False),
     ("gptq", "int3-g128", "llama.cpp", False), ("gptq", "int8-g128", "llama.cpp", True), ("fp8", "fp8-e4m3-block128+fp8-e4m3-g128", "vllm-cpu", False), ("fp8", "fp8-e4m3-block128+fp8-e4m3-g128", "vllm", True),
+    ("fp8", "fp8-e4m3-tensor+fp8-e4m3-tensor", "vllm-cpu", False), ("compressed-tensors", "fp8-e4m3-channel+fp8-e4m3-token", "vllm-cpu", True),
     ("mlx", "mxfp4", "mlx", True), ("mlx", "mxfp4", "vllm", False),
 ]  # fmt: skip
 
