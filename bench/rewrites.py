@@ -34,7 +34,7 @@ W8, W8A8, W4A8 = (
 )
 STATIC = "compressed-tensors:int8-tensor+int8-tensor-static"
 SMOOTH, AWQ, ROTATE = {"rewrites": ["smooth"]}, {"rewrites": ["awq"]}, {"rewrites": ["rotate"]}
-SPIN = {"rewrites": ["spin"], "options": {"spin.steps": 40, "spin.batch": 2, "spin.rate": 0.02}}
+SPIN = {"rewrites": ["spin"], "options": {"spin.steps": 40, "spin.batch": 2, "spin.rate": 0.1}}
 # name -> (target, recipe)
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "W8A16": (W8, {}),
