@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +155,6 @@ class Calibrated:
         slots = self._slots(block.index)
         self.answers.grams = load_grams(self.scratch, block.index)
         solved: dict[str, tuple[Slot, Found]] = {}
-        known: dict[str, Stats] = {}
         together = floats is not None and any(
             wants(self.answers.by_tensor[s.name]) for held in slots.values() for s in held
         )
@@ -168,17 +166,15 @@ class Calibrated:
             for slot, found in self._solve(stage, slots, stats):
                 self.answers.put_back(params, self.model.local(block.index, slot), slot, found[0][1].q)
                 solved[slot.name] = (slot, found if together else [])
-                if together and slot.expert is None and None in stats:
-                    known[slot.name] = replace(stats[None], out_gram=self.answers.grams.get(slot.name), cross_gram=None)
                 for group, piece in [] if together else found:
                     yield from self.answers.assembled(group, slot.name, piece)
         for slot in (slot for held in slots.values() for slot in held if slot.name not in solved):
             yield from self.answers.without_stats(slot.name, "no matrix product of the calibration pass used it")
         if second is not None:
             second.finish(self.run._check_stop)
-        if together:
+        if together and floats is not None:
             first.close()
-            yield from self._improve(block, params, quantised, floats, solved, known)
+            yield from self._improve(block, params, quantised, floats, solved)
         else:
             first.finish(self.run._check_stop)
 
@@ -199,11 +195,10 @@ class Calibrated:
         quantised: ActStore,
         wanted: ActStore,
         solved: dict[str, tuple[Slot, Found]],
-        stats: dict[str, Stats],
     ) -> Iterator[tuple[Group, Solved]]:
         """Lets solvers improve the block's answers together, then takes the hidden states through it."""
         metric = self.answers.grams.get(OUTPUT)
-        whole = Together(block, params, quantised, wanted, metric, self.answers, stats)
+        whole = Together(block, params, quantised, wanted, metric, self.answers)
         found = {name: pieces for name, (_, pieces) in solved.items()}
         whole.improve(found, {name: slot for name, (slot, _) in solved.items()}, self.run._check_stop)
         for name, pieces in found.items():

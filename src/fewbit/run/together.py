@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from fewbit.base.errors import InputError
-from fewbit.math.stats import Stats
 from fewbit.run.acts import ActStore
 from fewbit.run.answers import Answers, Found
 from fewbit.run.hf import Params, Slot
@@ -34,7 +33,6 @@ class Together:
         quantised: inputs of the block in the quantised model; wanted: outputs of the float block in the
             float model, perhaps of the first sequences only.
         metric: float32 [width, width], gram of the loss gradients at the block's outputs, or None.
-        stats: stored name of a weight -> the statistics that it was solved with, as far as they were kept.
     """
 
     def __init__(
@@ -45,10 +43,8 @@ class Together:
         wanted: ActStore,
         metric: torch.Tensor | None,
         answers: Answers,
-        stats: Mapping[str, Stats],
     ) -> None:
         self.block, self.params, self.quantised, self.wanted, self.answers = block, params, quantised, wanted, answers
-        self.stats = stats
         self.metric = None if metric is None else _damped(metric)
 
     def improve(self, found: dict[str, Found], slots: Mapping[str, Slot], check_stop: Callable[[], None]) -> None:
@@ -99,7 +95,6 @@ class Together:
             seed=self.answers.seed + self.block.index,
             options=self.answers.run.options_all(job),
             check_stop=check_stop,
-            stats={name: self.stats[name] for name in todo if name in self.stats},
         )
         for name, at in todo.items():
             group, old = found[name][at]

@@ -27,7 +27,6 @@ from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import Scheme
 from fewbit.solve import gptq
 from fewbit.solve.latent import Latent, learns
-from fewbit.solve.newton import Curvature, curvatures, moves, refine
 from fewbit.solve.table import Solved, Solver
 
 Weights = dict[str, torch.Tensor]
@@ -46,7 +45,6 @@ class Schedule:
     Attributes:
         iterations: steps, one batch each.
         rate: all steps together could move a weight by half this many levels.
-        rounds: rounds of `solve.newton` before that, over so many `batches`, with `sweeps` passes over the codes each.
         ranges: steps of scales and shifts, as a share of their size, over those of weights in levels; 0 leaves them.
         rule: "sign" (of the gradient) or "adam" (gradient over its usual size).
     """
@@ -55,13 +53,10 @@ class Schedule:
     rate: float = 2.0
     ranges: float = 0.5
     rule: str = "adam"
-    rounds: int = 3
-    batches: int = 8
-    sweeps: int = 2
 
     def __post_init__(self) -> None:
-        if self.iterations < 0 or self.rounds < 0 or self.rate <= 0 or self.ranges < 0:
-            raise InputError("FB-E0704", "learned rounding takes iterations and rounds >= 0, rate > 0 and ranges >= 0")
+        if self.iterations < 1 or self.rate <= 0 or self.ranges < 0:
+            raise InputError("FB-E0704", "learned rounding takes iterations >= 1, rate > 0 and ranges >= 0")
         if self.rule not in ("sign", "adam"):
             raise InputError("FB-E0704", f"rule is 'sign' or 'adam', not {self.rule!r}")
 
@@ -93,7 +88,6 @@ def learn(
     schedule: Schedule = Schedule(),
     seed: int = 0,
     check_stop: Callable[[], None] = lambda: None,
-    curvature: Mapping[str, Curvature] | None = None,
 ) -> dict[str, Solved]:
     """Improve the codes and parts of several weights together.
 
@@ -102,7 +96,6 @@ def learn(
         batches: how many there are.
         start: name -> quantised weight of which `latent.learns` holds. wanted: name -> the float weight, [..., out, in].
         seed: of the order of the batches. check_stop: called before each step; may raise.
-        curvature: of the weights that `schedule.rounds` may move before gradients do.
 
     Returns:
         name -> the best state by the batches held out, the start itself if nothing was better; the loss is that of the batches held out.
@@ -121,15 +114,7 @@ def learn(
     train = [k for k in range(batches) if k not in held] or held
     best = dict(start)
     first = least = _held_loss(loss, {name: q.dequantize() for name, q in start.items()}, held)
-    if schedule.rounds and curvature:
-        some = train[:: max(1, len(train) // schedule.batches)]
-        found = refine(
-            loss, some, best, curvature, rounds=schedule.rounds, sweeps=schedule.sweeps, tune=True, check_stop=check_stop
-        )  # fmt: skip
-        now = _held_loss(loss, {name: q.dequantize() for name, q in found.items()}, held)
-        if now < least:
-            least, best = now, found
-    latents = {name: Latent(q, wanted[name]) for name, q in best.items()} if schedule.iterations else {}
+    latents = {name: Latent(q, wanted[name]) for name, q in start.items()}
     steps, order = Steps(schedule.rule), _order(train, seed)
     for number in range(1, schedule.iterations + 1):
         check_stop()
@@ -180,7 +165,8 @@ def solve(w: torch.Tensor, stats: Stats | None, scheme: Scheme, *, seed: int, op
         return gptq.solve(w, stats, scheme, seed=seed, options=inner)
     if options["start"] != "rtn":
         raise InputError("FB-E0704", f"start is 'gptq' or 'rtn', not {options['start']!r}")
-    q = quantize(scheme.weights_only, w.float(), stats.importance, Search(options["search"], options["steps"]))
+    importance = None if stats is None else stats.importance
+    q = quantize(scheme.weights_only, w.float(), importance, Search(options["search"], options["steps"]))
     return Solved(q, float((w.float() - q.dequantize()).double().square().sum()))
 
 
@@ -193,29 +179,16 @@ def together(
     seed: int,
     options: Mapping[str, Any],
     check_stop: Callable[[], None],
-    stats: Mapping[str, Stats] = {},
 ) -> dict[str, Solved]:
     """`learn` with a solver's options, for those of the weights that can be learned."""
     able = {name: q for name, q in start.items() if learns(q)}
     if not able:
         return {}
-    schedule = _schedule(options)
-    known = {name: one for name, one in stats.items() if name in able and moves(able[name])} if schedule.rounds else {}
-    curvature = curvatures(known, options["damping"], options["outer_damping"])
-    return learn(
-        loss, batches, able, wanted, schedule=schedule, seed=seed, check_stop=check_stop, curvature=curvature
-    )  # fmt: skip
+    return learn(loss, batches, able, wanted, schedule=_schedule(options), seed=seed, check_stop=check_stop)
 
 
 def _schedule(options: Mapping[str, Any]) -> Schedule:
-    return Schedule(
-        options["iterations"],
-        options["rate"],
-        options["ranges"],
-        options["rule"],
-        options["rounds"],
-        options["batches"],
-    )
+    return Schedule(options["iterations"], options["rate"], options["ranges"], options["rule"])
 
 
 SOLVER = Solver(
@@ -231,8 +204,6 @@ SOLVER = Solver(
         "rate": Schedule.rate,
         "ranges": Schedule.ranges,
         "rule": Schedule.rule,
-        "rounds": Schedule.rounds,
-        "batches": Schedule.batches,
     },
     summary="learned rounding (AutoRound's problem): a block's weights together by gradients, from the feedback loop's answer",
 )
