@@ -27,11 +27,13 @@ from fewbit.math.stats import Stats
 from fewbit.plan.calibrated import calibrated_budget
 from fewbit.run.acts import ActStore
 from fewbit.run.answers import MIN_EXPERT_TOKENS, Answers, Found
+from fewbit.run.collect import collect
 from fewbit.run.fisher import OUTPUT, fisher_pass, load_grams
 from fewbit.run.hf import Params, Slot
 from fewbit.run.lanes import in_lanes
+from fewbit.run.limits import trim
 from fewbit.run.observe import Observer, StopForward, Use
-from fewbit.run.passes import Kept, Stream, collect, kept_bytes, survey
+from fewbit.run.passes import Kept, Stream, kept_bytes, survey
 from fewbit.run.stages import Block, ByExpert, Stage, find_stages, top_up
 from fewbit.run.start import batch_size, block_model, fill, lanes_for, text_for
 from fewbit.run.together import Together, wants
@@ -78,6 +80,7 @@ class Calibrated:
         """Hidden states before block 0 for all sequences, and the blocks' arguments (equal for all batches of one size)."""
         trunk = self.model.load_trunk(self.run.source.read)  # gone when this returns: it may outweigh a block
         self._weigh_by_loss(trunk)
+        trim()
         entry = self.model.enter(trunk, self.tokens[: self.batch])
         sequences = {"quantised": self.tokens.shape[0]}
         if "cross_gram" in self.needs and (
@@ -146,6 +149,7 @@ class Calibrated:
         self.run.sinks[0].note("block", {"index": index})
         for name in ("quantised", "float"):
             (self.scratch / f"acts-{name}-{index - 1}").unlink(missing_ok=True)
+        trim()
 
     # ---- one block
 

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fewbit.run.acts import ActStore
+from fewbit.run.collect import collect
 from fewbit.run.hf import BlockModel
-from fewbit.run.passes import Stream, collect, kept_bytes, survey
+from fewbit.run.passes import Stream, kept_bytes, survey
 from fewbit.run.source import open_source
 from fewbit.run.stages import Block, find_stages
 
