@@ -16,12 +16,14 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -130,7 +132,7 @@ class FewbitHfQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         files = kwargs.get("checkpoint_files") or []
         self.stored = _stored(model, files)
         if self.stored is None:
@@ -142,21 +144,21 @@ class FewbitHfQuantizer(HfQuantizer):
         for path in self.stored.layers:
             _empty(model.get_submodule(path))
         for name in self.stored.decoded:
-            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
+            _mark_initialised(model.get_submodule(name.rpartition(".")[0]))
         parts = {rf"^{re.escape(path)}\.(?!bias$)" for path in self.stored.layers}
         parts |= {rf"^{re.escape(name.rpartition('.')[0])}\." for name in self.stored.decoded}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *parts}
         missing = {re.escape(name) for name in self.stored.decoded}
         model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *missing}
 
-    def _choose_targets(self, model: nn.Module) -> None:
+    def _choose_targets(self, model: PreTrainedModel) -> None:
         config = self.quantization_config
         keep = config.skip if config.skip is not None else self.get_modules_to_not_convert(model)
         for path, module in model.named_modules():
             if isinstance(module, (nn.Linear, Conv1D)) and not skipped(path, keep):
                 self.targets.add(path)
 
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         if self.stored is not None:
             return param_name in self.stored.decoded  # may have another shape on disk; filled afterwards
         path, _, attribute = param_name.rpartition(".")
@@ -165,7 +167,7 @@ class FewbitHfQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return _Rounding(self)
 
-    def take(self, model: nn.Module, name: str, value: torch.Tensor) -> None:
+    def take(self, model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
         """Rounds the weight of one layer; the layer waits without one."""
         path = name.rpartition(".")[0]
         layer, config = model.get_submodule(path), self.quantization_config
@@ -177,7 +179,7 @@ class FewbitHfQuantizer(HfQuantizer):
         )[0]  # fmt: skip
         _empty(layer)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> nn.Module:
         if self.stored is not None:
             for name, values in self.stored.decoded.items():
                 owner = model.get_submodule(name.rpartition(".")[0])
@@ -197,11 +199,11 @@ class FewbitHfQuantizer(HfQuantizer):
         self.made, self.targets, self.stored = {}, set(), None
         return model
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
         for path, layer in [(path, m) for path, m in model.named_modules() if isinstance(m, QuantLinear)]:
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
             plain.weight = nn.Parameter(layer.qtensor().dequantize(dtype or layer.dtype), requires_grad=False)
-            plain.bias = layer.bias
+            plain.register_parameter("bias", layer.bias)
             parent, _, attribute = path.rpartition(".")
             setattr(model.get_submodule(parent), attribute, plain)
         return model
@@ -210,13 +212,18 @@ class FewbitHfQuantizer(HfQuantizer):
 def _empty(layer: nn.Module) -> None:
     """A layer that waits for its weight: nothing to initialise, and nothing that the weight's stored name could fill."""
     hollow = nn.Parameter(torch.empty(0), requires_grad=False)
-    hollow._is_hf_initialized = True  # type: ignore[attr-defined]
+    _mark_initialised(hollow)
     layer._parameters["weight"] = None
     layer.__dict__["weight"] = hollow  # families that initialise weights by name find one
-    layer._is_hf_initialized = True  # type: ignore[assignment]
+    _mark_initialised(layer)
 
 
-def _stored(model: nn.Module, files: Iterable[str]) -> Stored | None:
+def _mark_initialised(part: nn.Module | nn.Parameter) -> None:
+    """Tells transformers to leave the values of a module or parameter alone."""
+    part.__dict__["_is_hf_initialized"] = True
+
+
+def _stored(model: PreTrainedModel, files: Iterable[str]) -> Stored | None:
     """How the weights lie in the files, or None where they are floats."""
     paths = [Path(file) for file in files]
     if not paths:
@@ -252,7 +259,7 @@ def _own(paths: list[Path]) -> Stored | None:
         q.check(stem)
         return q
 
-    return Stored({stem: (lambda stem=stem: read(stem)) for stem in stems}, {})
+    return Stored({stem: partial(read, stem) for stem in stems}, {})
 
 
 def _prefer_ours() -> None:

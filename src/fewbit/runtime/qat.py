@@ -29,7 +29,7 @@ from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import Scheme, leaf, parse_scheme
 from fewbit.runtime.fake import FakeQuantise, inside_cells
 from fewbit.runtime.fake_inputs import FakeInputs
-from fewbit.runtime.linear import QuantLinear
+from fewbit.runtime.linear import QuantLinear, bias_of, weight_of
 from fewbit.solve.table import solver_named
 
 Recipe = Literal["full", "scales"]
@@ -228,7 +228,9 @@ def _install(target: Target, q: QTensor, scheme: Scheme, keep_codes: bool) -> No
 def _scope(attribute: str, begins: bool, module: nn.Module, *_: Any) -> None:
     """Begins or ends the forward pass within which a weight is rounded once."""
     if parametrize.is_parametrized(module, attribute):
-        module.parametrizations[attribute][0].scope = {} if begins else None
+        fake = module.get_submodule(f"parametrizations.{attribute}.0")
+        if isinstance(fake, FakeQuantise):
+            fake.scope = {} if begins else None
 
 
 def _round_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -237,7 +239,7 @@ def _round_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def original(module: nn.Module, attribute: str) -> nn.Parameter:
     """The parameter behind a parametrised attribute."""
-    return module.parametrizations[attribute].original
+    return module.get_parameter(f"parametrizations.{attribute}.original")
 
 
 def _trained(model: nn.Module, weights: set[str], also: Collection[str], tied: set[str]) -> list[str]:
@@ -353,8 +355,8 @@ def convert(model: nn.Module, *, kernel: str | None = None, dense: bool = False)
     for name, module, _, fake in _plain(model):
         if fake.scheme.is_leaf or dense or len(fake.shape) != 2:
             continue
-        weight = module.weight
-        layer = QuantLinear(found[name], module.bias, dtype=weight.dtype, kernel=kernel).train(module.training)
+        dtype = weight_of(module).dtype
+        layer = QuantLinear(found[name], bias_of(module), dtype=dtype, kernel=kernel).train(module.training)
         for parent in model.modules():  # a layer that stands in two places stays one
             for key, child in parent._modules.items():
                 if child is module:
@@ -385,7 +387,7 @@ def parameter_groups(model: nn.Module, lr: float, scale_lr: float) -> list[dict[
     for _, module, attribute, fake in fakes(model):
         param = original(module, attribute)
         if not fake.scheme.is_leaf and param.requires_grad:
-            step = float(fake.parts["scale"].start.abs().mean()) if "scale" in fake.parts else 1.0
+            step = float(fake.parts["scale"].get_buffer("start").abs().mean()) if "scale" in fake.parts else 1.0
             groups.append({"params": [param], "lr": lr * step, "weight_decay": 0.0})
             behind.add(id(param))
     rest = [param for param in model.parameters() if param.requires_grad and id(param) not in behind]

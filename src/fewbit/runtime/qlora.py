@@ -14,10 +14,10 @@ peft is an optional dependency: `pip install 'fewbit[train]'`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from fewbit.base.names import matches
 from fewbit.math.metrics import relative_error
 from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import Scheme, parse_scheme
-from fewbit.runtime.linear import QuantLinear
+from fewbit.runtime.linear import QuantLinear, weight_of
 from fewbit.solve.table import solver_named
 
 try:
@@ -36,6 +36,14 @@ try:
     from peft.tuners.tuners_utils import check_adapters_to_merge
 except ImportError as missing:
     raise InputError("FB-E0920", f"adapters need peft: {missing}") from None
+
+
+class _Recomputing(Protocol):
+    """A transformers model, which can compute activations anew in the backward pass."""
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any]) -> None: ...
+
+    def enable_input_require_grads(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,19 @@ class LoraQuantLinear(nn.Module, LoraLayer):
     Raises:
         InputError: FB-E0921 for adapters that change the base or need its float weight (DoRA, PiSSA, LoftQ …), or bring a bias.
     """
+
+    # what peft's LoraLayer brings: torch's Module knows only that an attribute is a tensor or a module
+    base_layer: QuantLinear
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    lora_dropout: nn.ModuleDict
+    scaling: dict[str, float]
+    merged: bool
+    disable_adapters: bool
+    merged_adapters: list[str]
+    active_adapters: list[str]
+    _check_forward_args: Callable[..., None]
+    _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
     def __init__(
         self,
@@ -93,7 +114,8 @@ class LoraQuantLinear(nn.Module, LoraLayer):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """[out, in] in float32: what an adapter adds to the weight."""
-        return self.lora_B[adapter].weight.float() @ self.lora_A[adapter].weight.float() * self.scaling[adapter]
+        down, up = weight_of(self.lora_A[adapter]), weight_of(self.lora_B[adapter])
+        return up.float() @ down.float() * self.scaling[adapter]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x [..., in] -> [..., out]; `adapter_names`, one per sequence, mixes adapters in a batch."""
@@ -115,7 +137,7 @@ class LoraQuantLinear(nn.Module, LoraLayer):
     def _added(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         down, up = self.lora_A[adapter], self.lora_B[adapter]
         if not torch.is_autocast_enabled(x.device.type):
-            x = self._cast_input_dtype(x, down.weight.dtype)
+            x = self._cast_input_dtype(x, weight_of(down).dtype)
         return up(down(self.lora_dropout[adapter](x))) * self.scaling[adapter]
 
     @torch.no_grad()
@@ -216,8 +238,9 @@ def attach(
         config.target_modules = names
     model.requires_grad_(False)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        recomputing = cast("_Recomputing", model)
+        recomputing.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recomputing.enable_input_require_grads()
     return get_peft_model(model, register(config))
 
 
