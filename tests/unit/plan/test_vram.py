@@ -33,7 +33,8 @@ def test_weights_and_statistics_on_the_device_hidden_states_in_host_memory() -> 
     assert both.phases["text"] == base + staging + 2 * states, "both streams wait in host memory"
     tokens, trunk = 16 * 256, 8192 * 256 + 256
     assert both.device_phases["text"] == CONTEXT_BYTES + 4 * trunk + 3 * tokens * 256 * 4
-    assert both.device_phases["loss"] == CONTEXT_BYTES + 4 * trunk + 20 * min(LOGITS, tokens * 8192) + tokens * 256 * 4
+    logits = CONTEXT_BYTES + 4 * trunk + 20 * min(LOGITS, tokens * 8192) + tokens * 256 * 4
+    assert both.device_phases["loss"] >= logits, "or one block in the backward pass, if that is more"
     assert both.device_peak == max(both.device_phases.values()) > both.device_phases["text"]
 
 
