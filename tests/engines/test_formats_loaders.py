@@ -57,7 +57,7 @@ CASES = [
         "uint2-g32-min", "uint3-g64-min", "uint4-g64-min", "uint6-g64-min", "uint8-g32-min", "mxfp4", "mxfp8", "fp4-g16-fp8-e4m3")),
     *(Case("gptq", scheme, "gptqmodel", bound=HALF) for scheme in ("int4-g128", "int8-g128", "int2-g32", "int3-g128", "int4-g128-asym", "int2-g32-asym")),
     *(Case("gptq-v2", scheme, "gptqmodel", bound=HALF) for scheme in ("int4-g128-asym", "int8-g64-asym", "int2-g32-asym", "int3-g32-asym")),
-    Case("awq", "int4-g128-asym", "gptqmodel", bound=HALF), Case("auto-round", "int4-g128", "gptqmodel", bound=HALF),
+    Case("awq", "int4-g128-asym", "gptqmodel", bound=HALF), Case("auto-round", "int4-g128", "autoround", bound=HALF),
     Case("gptq", "int4-g32", "gptqmodel", "gptqmodel", HALF), Case("gptq-v2", "int4-g32-asym", "gptqmodel", "gptqmodel", HALF),
     Case("awq", "int4-g32-asym", "gptqmodel", "gptqmodel", HALF),
 ]  # fmt: skip
@@ -142,8 +142,9 @@ def test_loads_and_agrees(case: Case, loads: Loads) -> None:
     assert not [key for key in result.get("unexpected_keys", ()) if not key.endswith("g_idx")], result
     worst, same = agreement(load_arrays(folder / "twin.npz"), load_arrays(folder / "ours.npz"))
     loader = case.driver if case.env != "gptqmodel" else f"{case.driver} with gptqmodel".replace("gptqmodel with ", "")
+    packages = {"hf-ct17": "compressed-tensors 0.17", "autoround": "auto-round"}
     record(
-        loader if case.env != "hf-ct17" else "transformers with compressed-tensors 0.17",
+        f"transformers with {packages[case.env]}" if case.env in packages else loader,
         (case.format, case.scheme),
         worst,
         "logits",
