@@ -220,6 +220,20 @@ def _unshrink(xt, ht, top, size, width, share, s):
             s[_GROWTH + lane] = growth(energy_all, agreement, share)
 
 
+@njit(nogil=True, cache=True, error_model="numpy")
+def _settle(xt, ht, top, size, per_super, unbias, s):
+    """Scales and shifts of the lanes as they are stored, before step 4, and what step 4 multiplies the stored ones by."""
+    for lane in range(LANES):
+        if per_super > 1:
+            s[_SCALE + lane], s[_SHIFT + lane] = s[_D + lane] * s[_K + lane], s[_DMIN + lane] * s[_M + lane]
+        else:
+            s[_D + lane], s[_DMIN + lane] = round_f16(s[_SCALE + lane]), round_f16(s[_SHIFT + lane])
+            s[_SCALE + lane], s[_SHIFT + lane] = s[_D + lane], s[_DMIN + lane]
+    s[_GROWTH : _GROWTH + LANES] = F(1)
+    if unbias > F(0):
+        _unshrink(xt, ht, top, size, per_super, unbias, s)
+
+
 @njit(nogil=True, cache=True, parallel=True, error_model="numpy")
 def quantize_minimum(
     x,
@@ -268,15 +282,7 @@ def quantize_minimum(
             _ideal(xt, ht, top, size, candidates, polish, per_super > 1, s)
             if per_super > 1:
                 _nest(xt, ht, top, size, LANES // per_super, code_top, reach, rounds, s)
-            for lane in range(LANES):
-                if per_super > 1:
-                    s[_SCALE + lane], s[_SHIFT + lane] = s[_D + lane] * s[_K + lane], s[_DMIN + lane] * s[_M + lane]
-                else:
-                    s[_D + lane], s[_DMIN + lane] = round_f16(s[_SCALE + lane]), round_f16(s[_SHIFT + lane])
-                    s[_SCALE + lane], s[_SHIFT + lane] = s[_D + lane], s[_DMIN + lane]
-            s[_GROWTH : _GROWTH + LANES] = F(1)
-            if unbias > F(0):
-                _unshrink(xt, ht, top, size, per_super, unbias, s)
+            _settle(xt, ht, top, size, per_super, unbias, s)
             blocks = min(LANES, count - first)
             for lane in range(blocks):
                 block, by = first + lane, s[_GROWTH + lane]
