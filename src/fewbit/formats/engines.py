@@ -134,7 +134,8 @@ def _fp8_vllm(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
 def _fp8_vllm_cpu(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
     if scheme.blocks.cols:
         return "runs FP8 tiles on processors with AMX only (Sapphire Rapids or newer)"
-    if scheme.blocks == TENSOR:  # it fuses q, k, v and gate, up, and its CPU build lacks the operation that brings their scales together
+    # it fuses q, k, v and gate, up, and its CPU build lacks the operation that brings their scales together
+    if scheme.blocks == TENSOR:
         return "cannot fuse layers that have an FP8 scale each: use one per row (compressed-tensors:fp8-e4m3-channel+fp8-e4m3-token)"
     return _fp8_vllm(scheme, shape)
 
