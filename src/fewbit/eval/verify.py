@@ -102,7 +102,9 @@ def _verify(place: Path, source: Source, base: Source | None, limit: int) -> Ver
     held = source.format.container if source.format else "safetensors"
     compared: list[Compared] = []
     comparable = None
-    if held == "gguf" and base is not None:
+    if (
+        held == "gguf" and base is not None and source.manifest.keys().isdisjoint(base.manifest)
+    ):  # not a GGUF made of a GGUF
         compared += _compare_gguf(source, base, notes, found)
     else:
         comparable = _comparable(source, base, written, notes)
