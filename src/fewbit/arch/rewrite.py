@@ -35,7 +35,8 @@ class Step(Protocol):
 class Turning(Protocol):
     """An orthogonal matrix Q of order `size`: apply(x) is x Q^T along the last axis."""
 
-    size: int
+    @property
+    def size(self) -> int: ...
 
     def apply(self, x: torch.Tensor) -> torch.Tensor: ...
 
@@ -94,9 +95,9 @@ class Put:
 
 
 def _on_part(
-    tensor: torch.Tensor, step: Step, size: int, change: Callable[[torch.Tensor], torch.Tensor]
+    tensor: torch.Tensor, step: Multiply | Turn, size: int, change: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    start, length = step.start, tensor.shape[step.axis]  # type: ignore[attr-defined]
+    start, length = step.start, tensor.shape[step.axis]
     if start == 0 and size == length:
         return change(tensor)
     out = tensor.clone()

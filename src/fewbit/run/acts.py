@@ -49,7 +49,7 @@ class ActStore:
         if self._memory is not None:
             return self._memory[start:stop]
         raw = torch.empty((stop - start) * self._row, dtype=torch.uint8)
-        pread_into(self._fd, memoryview(raw.numpy()), start * self._row)
+        pread_into(self._fd, raw.numpy().data, start * self._row)
         return raw.view(self.dtype).view(stop - start, *self.shape[1:])
 
     def put(self, index: int, hidden: torch.Tensor) -> None:
@@ -59,7 +59,7 @@ class ActStore:
         if self._memory is not None:
             self._memory[start:stop] = value
         else:
-            pwrite_all(self._fd, memoryview(value.contiguous().view(-1).view(torch.uint8).numpy()), start * self._row)
+            pwrite_all(self._fd, value.contiguous().view(-1).view(torch.uint8).numpy().data, start * self._row)
 
     def save(self, path: Path) -> None:
         """Writes the whole store to a file: beside first, then renamed."""
@@ -68,7 +68,7 @@ class ActStore:
         try:
             for index in range(len(self)):
                 data = self.get(index).contiguous().view(-1).view(torch.uint8).numpy()
-                pwrite_all(fd, memoryview(data), self.span(index)[0] * self._row)
+                pwrite_all(fd, data.data, self.span(index)[0] * self._row)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -83,7 +83,7 @@ class ActStore:
             for index in range(len(self)):
                 start, stop = self.span(index)
                 raw = torch.empty((stop - start) * self._row, dtype=torch.uint8)
-                pread_into(fd, memoryview(raw.numpy()), start * self._row)
+                pread_into(fd, raw.numpy().data, start * self._row)
                 self.put(index, raw.view(self.dtype).view(stop - start, *self.shape[1:]))
         finally:
             os.close(fd)

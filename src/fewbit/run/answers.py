@@ -65,7 +65,7 @@ class Answers:
     def without_stats(self, name: str, why: str) -> Iterator[tuple[Group, Solved]]:
         """Answers by the weights alone."""
         for group in self.by_tensor[name]:
-            found = SOLVERS["rtn"](self.matrix(name), None, group.job.scheme, seed=self.seed)
+            found = SOLVERS["rtn"](self.matrix(name), None, group.job.wanted, seed=self.seed)
             yield from self.assembled(group, name, replace(found, notes=(f"fallback to rounding to nearest: {why}",)))
 
     def matrix(self, name: str) -> torch.Tensor:
@@ -97,10 +97,9 @@ class Answers:
     def _answer(self, job: Job, slot: Slot, weight: torch.Tensor, stats: ByExpert) -> Solved:
         if weight.dim() == 3 and slot.expert is None and set(stats) != {None}:
             parts = [self._one(job, weight[e], stats.get(e), e) for e in range(weight.shape[0])]
-            assert job.scheme is not None
             seen = [Stats(one.count, absmax=one.absmax, histogram=one.histogram) for one in stats.values()]
-            stacked = stack_experts(job.scheme, tuple(weight.shape), [part.q for part in parts])
-            q = with_inputs(stacked, job.scheme, reduce(Stats.merge, seen, Stats()), self.reach)
+            stacked = stack_experts(job.wanted, tuple(weight.shape), [part.q for part in parts])
+            q = with_inputs(stacked, job.wanted, reduce(Stats.merge, seen, Stats()), self.reach)
             return Solved(
                 q, sum(part.loss for part in parts), tuple(dict.fromkeys(n for part in parts for n in part.notes))
             )
@@ -113,8 +112,8 @@ class Answers:
         where = "" if expert is None else f"expert {expert}: "
         try:
             if count < (1 if expert is None else MIN_EXPERT_TOKENS):
-                fallback = SOLVERS["rtn"](weight, None, job.scheme, seed=self.seed)
-                q = with_inputs(fallback.q, job.scheme, stats, self.reach)
+                fallback = SOLVERS["rtn"](weight, None, job.wanted, seed=self.seed)
+                q = with_inputs(fallback.q, job.wanted, stats, self.reach)
                 why = f"{where}fallback to rtn, only {count} calibration tokens reached it"
                 return replace(fallback, q=q, notes=(why,))
             missing = [need for need in solver.needs if getattr(stats, need, None) is None]
@@ -122,7 +121,7 @@ class Answers:
                 stats = replace(stats, cross_gram=stats.gram)  # no second stream here: no drift to correct
             if stats is not None and job.name in self.grams and expert is None:
                 stats = replace(stats, out_gram=self.grams[job.name].to(weight.device))
-            found = solver(weight, stats, job.scheme, seed=self.seed, options=self.run.options_for(job))
+            found = solver(weight, stats, job.wanted, seed=self.seed, options=self.run.options_for(job))
         except FewbitError as error:
             if error.tensor is None:
                 error.tensor = job.name
@@ -132,7 +131,7 @@ class Answers:
             counted = (f"{where}{self.topped[expert]} calibration tokens, topped up to {count} by tokens sent to it",)
         elif expert is not None:
             counted = (f"{where}{count} calibration tokens",)
-        q = with_inputs(found.q, job.scheme, stats, self.reach)
+        q = with_inputs(found.q, job.wanted, stats, self.reach)
         return replace(found, q=q, notes=(*counted, *found.notes))
 
 

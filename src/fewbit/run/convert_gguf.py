@@ -215,22 +215,19 @@ def _bare(q: QTensor) -> QTensor:
 
 def _apart(q: QTensor) -> tuple[QTensor, torch.Tensor]:
     """NVFP4 as ggml has it: blocks under their E4M3 scales, and the scales over whole matrices float32 [matrices]."""
-    scale = q.scale
-    assert isinstance(scale, QTensor) and isinstance(scale.scale, torch.Tensor)
+    scale = q.nested("scale")
     row = block_type("NVFP4")
     blocks = QTensor(row.scheme, q.shape, q.codes, scale.codes.view(torch.float8_e4m3fn))
-    return blocks, scale.scale.float().reshape(-1)
+    return blocks, scale.leaf("scale").float().reshape(-1)
 
 
 def _together(blocks: QTensor, over: torch.Tensor) -> QTensor:
     """The inverse of `_apart`; one number serves all matrices where there is only one."""
-    assert isinstance(blocks.scale, torch.Tensor) and NVFP4.scale is not None
     batch = blocks.shape[:-2]
     over = over.reshape(-1).expand(prod(batch)).reshape((*batch, 1, 1)).contiguous()
     counts = NVFP4.block_counts(blocks.shape)
-    return QTensor(
-        NVFP4, blocks.shape, blocks.codes, QTensor(NVFP4.scale, counts, blocks.scale.view(torch.uint8), over)
-    )
+    scale = QTensor(NVFP4.part("scale"), counts, blocks.leaf("scale").view(torch.uint8), over)
+    return QTensor(NVFP4, blocks.shape, blocks.codes, scale)
 
 
 class GgufQuantised(GgufAsCheckpoint):

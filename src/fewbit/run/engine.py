@@ -167,7 +167,7 @@ class _Run:
         self.plan, self.source, self.settings, self.room, self.sinks = plan, source, settings, room, sinks
         self.gate = ByteGate(room.bytes)
         self.stop = threading.Event()
-        self.signal = signal.SIGINT
+        self.signal: int = signal.SIGINT
         self.losses: dict[str, dict[str, float]] = {output.target: {} for output in plan.outputs}
         self.notes: dict[str, tuple[str, ...]] = {}
         self.resumed = 0
@@ -252,20 +252,18 @@ class _Run:
     def solve(self, job: Job) -> Solved:
         """The data-free answer for one job."""
         tiles = [solved for _, solved in self._tiles(job)]
-        assert job.scheme is not None
-        return tiles[0] if len(tiles) == 1 else join_rows(job.scheme, job.shape, tiles)
+        return tiles[0] if len(tiles) == 1 else join_rows(job.wanted, job.shape, tiles)
 
     def _tiles(self, job: Job) -> Iterator[tuple[int, Solved]]:
         """(first row, answer) of each tile of rows of a data-free job."""
-        assert job.scheme is not None
-        solver = SOLVERS[job.solver]
+        scheme, solver = job.wanted, SOLVERS[job.solver]
         options = self.options_for(job)
         seed = self.plan.recipe["seed"]
-        step, rows = tile_rows(job.scheme, job.shape, job.ops), job.shape[-2] if len(job.shape) > 1 else 1
+        step, rows = tile_rows(scheme, job.shape, job.ops), job.shape[-2] if len(job.shape) > 1 else 1
 
         def answer(weight: torch.Tensor) -> Solved:
             def call(w: torch.Tensor, stats: Stats | None) -> Solved:
-                return solver(w, stats, job.scheme, seed=seed, options=options)
+                return solver(w, stats, scheme, seed=seed, options=options)
 
             matrix = self.imatrix
             return self._located(
@@ -300,8 +298,7 @@ class _Run:
     def emit(self, group: Group, solved: Solved) -> None:
         """Encodes and writes a solved tensor to every output that wants it, and journals it."""
         for index, job in group.jobs:
-            assert job.scheme is not None
-            self.sinks[index].put(job, replace(solved, q=with_inputs(solved.q, job.scheme)))
+            self.sinks[index].put(job, replace(solved, q=with_inputs(solved.q, job.wanted)))
         self._finished(group)
 
     def _copy(self, group: Group) -> None:

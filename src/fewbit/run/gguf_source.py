@@ -36,22 +36,22 @@ class GgufAsCheckpoint(Source):
     """
 
     def __init__(self, source: Source) -> None:
-        held = source.checkpoint.manifest
-        if not isinstance(held, GgufManifest):
+        stored = source.checkpoint.manifest
+        if not isinstance(stored, GgufManifest):
             raise InputError("FB-E0301", "the source is no GGUF file", file=source.root)
         self.checkpoint = source.checkpoint
         beside = {
             name.removesuffix("weight") + word
-            for name, info in held.items()
+            for name, info in stored.items()
             if info.dtype == "GGML:NVFP4"
             for word in (GLOBAL_SCALE, "input_scale")
         }
-        held = replace(held, tensors={name: info for name, info in held.items() if name not in beside})
+        held = replace(stored, tensors={name: info for name, info in stored.items() if name not in beside})
         found = inverse(held, {name: self.checkpoint.read(name).tolist() for name in ROPE_TENSORS if name in held})
         self.config, self.manifest = found.config, found.manifest
         self.format, self.stored = source.format, {}  # format: what it lies in, for messages; the tensors are floats
         self.small_files, said = tokenizer_files(held.typed)
-        self.checkpoint.warnings = [*self.checkpoint.warnings, *said]
+        self.checkpoint.warnings = (*self.checkpoint.warnings, *said)
         self._readers = users(found.targets)
 
     @property

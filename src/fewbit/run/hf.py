@@ -223,7 +223,7 @@ class BlockModel:
         return out.logits if hasattr(out, "logits") else out.last_hidden_state
 
     def _call_backbone(self, trunk: Params, tokens: torch.Tensor) -> None:
-        base = self.module.base_model if hasattr(self.module, "base_model") else self.module
+        base: nn.Module = getattr(self.module, "base_model", self.module)
         prefix = next((name + "." for name, module in self.module.named_modules() if module is base and name), "")
         params = {name.removeprefix(prefix): value for name, value in trunk.items() if name.startswith(prefix)}
         torch.func.functional_call(base, params, (tokens.to(self.device),), tie_weights=False, strict=False)
@@ -273,7 +273,7 @@ class BlockModel:
             def forward(hidden: torch.Tensor, *args: Any, _names: list[str] = names, **kwargs: Any) -> torch.Tensor:
                 return call(hidden, {**dict(zip(_names[1:], args, strict=False)), **kwargs})
 
-            block.forward = forward  # type: ignore[method-assign]
+            block.forward = forward
         try:
             yield
         finally:

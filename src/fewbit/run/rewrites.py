@@ -121,9 +121,8 @@ class RewrittenSource(Source):
         embed = self.inner.manifest[self.spaces.embed]
         self._untied = HEAD
         self.manifest, self.config = untied(self.inner.manifest, self.inner.config, self.spaces.embed)
-        self.does.append(
-            f"{self.rotates}: the head gets a tensor of its own, {embed.nbytes:,} bytes more before it is quantised"
-        )
+        what = f"the head gets a tensor of its own, {embed.nbytes:,} bytes more before it is quantised"
+        self.does = [*self.does, f"{self.rotates}: {what}"]
         self.spaces = spaces(self.manifest, self.config)
 
     @functools.cached_property

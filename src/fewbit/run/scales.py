@@ -44,7 +44,7 @@ class Walk:
         recipe = run.plan.recipe
         self.seed, self.offset = recipe["seed"], source.offset
         self.needs = needs_of(source.scaled)
-        self.options = {name: options_of(name, recipe["options"]) for name in source.scaled}
+        self.options: dict[str, dict[str, Any]] = {name: options_of(name, recipe["options"]) for name in source.scaled}
         self.model = block_model(source, run.settings.device)
         self.tokens = text_for(source, recipe, run.sinks[0]).tokens
         self.batch = batch_size(self.tokens)
@@ -151,15 +151,13 @@ class Walk:
         reader = space.readers[0]
         weights = [(end, self._matrix(end, steps, expert if space.stack else None)) for end in space.readers]
         if name == "smooth":
-            assert stats.absmax is not None
             largest = torch.stack([pooled(w.abs().amax(0), space, end) for end, w in weights]).amax(0)
             return smooth_scales(
-                pooled(stats.absmax.cpu(), space, reader) / current, largest, float(self.options[name]["alpha"])
+                pooled(stats.held("absmax").cpu(), space, reader) / current, largest, float(self.options[name]["alpha"])
             )
-        assert stats.mean_abs is not None and stats.gram is not None
         seen = repeated(current, space, reader)
-        gram = stats.gram.cpu().double() / seen / seen.unsqueeze(-1)
-        mean = pooled(stats.mean_abs.cpu(), space, reader) / current
+        gram = stats.held("gram").cpu().double() / seen / seen.unsqueeze(-1)
+        mean = pooled(stats.held("mean_abs").cpu(), space, reader) / current
         jobs = [(w, self._rounding(self.rounded[end.name])) for end, w in weights if end.name in self.rounded]
         if not jobs:
             return torch.ones(space.size, dtype=torch.float64)
@@ -177,8 +175,7 @@ class Walk:
 
     def _rounding(self, job: Job) -> Round:
         """Weights as the job's scheme stores them, chosen by their values alone."""
-        assert job.scheme is not None
-        scheme, rtn = job.scheme.weights_only, SOLVERS["rtn"]
+        scheme, rtn = job.wanted.weights_only, SOLVERS["rtn"]
         options = self.run.options_for(job) if job.solver == "rtn" else {}
         return lambda w: rtn(w, None, scheme, seed=self.seed, options=options).q.dequantize()
 

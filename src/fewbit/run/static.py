@@ -53,8 +53,7 @@ def input_scale(activation: Scheme, stats: Stats, reach: Reach = Reach()) -> tor
     """
     if not activation.symmetric:
         raise InputError("FB-E0706", f"static activation ranges are symmetric, got {activation}")
-    assert stats.absmax is not None
-    largest = float(stats.absmax.float().max())
+    largest = float(stats.held("absmax").float().max())
     if not largest < float("inf"):
         raise InputError("FB-E0706", "the calibration inputs are not finite")
     if reach.method != "absmax" and largest > 0:

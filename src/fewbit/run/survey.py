@@ -23,7 +23,7 @@ def survey(source: Source) -> dict[str, Any]:
     known = facts(source.manifest, source.config)
     raw = source.checkpoint.manifest
     written = _manifest_beside(source.root)
-    listed = []
+    listed: list[dict[str, Any]] = []
     for name, info in source.manifest.items():
         stored = source.stored.get(name)
         nbytes = sum(raw[part].nbytes for part in stored.parts) if stored else info.nbytes

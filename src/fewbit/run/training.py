@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from fewbit.run.hf import bind, build_model
 from fewbit.run.source import Source, open_source
 from fewbit.run.trained import export, start_from
 from fewbit.runtime.distil import Point, Schedule, fidelity, train
+from fewbit.runtime.linear import weight_of
 from fewbit.runtime.load import fill
 from fewbit.runtime.qat import (
     Prepared,
@@ -118,32 +119,44 @@ def train_checkpoint(
         scheme, names = decided(source, to)
         student, teacher = (load_float(source).to(device) for _ in range(2))
         found = calibration(text, source.root, samples + WATCHED, length, schedule.seed, vocabulary(student))
-        watched, learnt = found.tokens[:WATCHED], found.tokens[WATCHED:]
         prepared = prepare(
             student,
             scheme,
-            recipe=recipe,  # type: ignore[arg-type]
+            recipe="scales" if recipe == "scales" else "full",
             start=_start(start),
             skip=[f"re:^{re.escape(t.name)}$" for t in find_targets(student) if t.name not in names],
             floats=_float_grid(source),
         )
-        batches = watched.to(device).split(4)
-        observe(student, batches)
-        curve = train(
-            student,
-            learnt,
-            schedule,
-            teacher=teacher,
-            groups=parameter_groups(student, *(rates or RATES[recipe])),
-            evaluate=lambda model: fidelity(model, teacher, batches),
-            on_point=on_point,
-        )
-        freeze(student)
+        curve = _learn(student, teacher, found.tokens, schedule, rates or RATES[recipe], on_point)
         place = export(
             qtensors(student), trained_floats(student), source, to.partition(":")[0], out, overwrite=overwrite
         )
     used = schedule.steps * schedule.batch * length
     return Trained(place, str(scheme), prepared, tuple(curve), used, found.warnings)
+
+
+def _learn(
+    student: nn.Module,
+    teacher: nn.Module,
+    tokens: torch.Tensor,
+    schedule: Schedule,
+    rates: tuple[float, float],
+    on_point: Callable[[Point], None] | None,
+) -> list[Point]:
+    """Trains on all but the first sequences, which are watched; afterwards the student stays as it is. -> the curve."""
+    watched = tokens[:WATCHED].to(next(student.parameters()).device).split(4)
+    observe(student, watched)
+    curve = train(
+        student,
+        tokens[WATCHED:],
+        schedule,
+        teacher=teacher,
+        groups=parameter_groups(student, *rates),
+        evaluate=lambda model: fidelity(model, teacher, watched),
+        on_point=on_point,
+    )
+    freeze(student)
+    return curve
 
 
 def decided(source: Source, to: str) -> tuple[Scheme, set[str]]:
@@ -175,9 +188,15 @@ def load_float(source: Source) -> nn.Module:
     return module.eval()
 
 
+class _Embedding(Protocol):
+    """A transformers model."""
+
+    def get_input_embeddings(self) -> nn.Module: ...
+
+
 def vocabulary(model: nn.Module) -> int:
     """Rows of the input embedding."""
-    return model.get_input_embeddings().weight.shape[0]
+    return weight_of(cast("_Embedding", model).get_input_embeddings()).shape[0]
 
 
 def _start(path: str | Path | None) -> dict[str, Any] | None:

@@ -12,7 +12,8 @@ from itertools import product
 
 import torch
 
-from fewbit.math.nested import _step as step_codes
+from fewbit.base.errors import InputError
+from fewbit.math.nested import stepped
 from fewbit.math.rounding import pack_leaf, store, store_scale
 from fewbit.math.scales import effective
 from fewbit.math.search import Params
@@ -49,12 +50,11 @@ class Candidates:
         size, gid = groups_of(self.scheme, self.shape)
         device = next(iter(arrays.values()))[0].device
         ones, zeros = torch.ones(self.shape[0], size, device=device), torch.zeros(self.shape[0], size, device=device)
-        parts = []
-        for name, default in zip(NAMES, (ones, zeros, zeros), strict=True):
-            parts.append(
-                torch.stack([arrays[name][c[name]] if name in arrays else default for c in self.combinations], dim=-1)
-            )
-        return Parameters(*parts, gid.to(device))
+        scale, zero, shift = (
+            torch.stack([arrays[name][c[name]] if name in arrays else default for c in self.combinations], dim=-1)
+            for name, default in zip(NAMES, (ones, zeros, zeros), strict=True)
+        )
+        return Parameters(scale, zero, shift, gid.to(device))
 
     def pick(self, choice: torch.Tensor) -> Params:
         """The stored parameters of the chosen candidates: choice int [rows, groups]."""
@@ -125,9 +125,11 @@ def groups_of(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, torch.Tensor
 def by_group(scheme: Scheme, name: str, stored: torch.Tensor | QTensor, shape: tuple[int, ...]) -> torch.Tensor:
     """A stored part as float32 [rows, groups of a row]."""
     if scheme.blocks.flat:
-        values = effective(scheme, Params(**{name: stored}), shape)[NAMES.index(name)]
-        return values.contiguous()
-    part: Scheme = getattr(scheme, name)
+        found = effective(scheme, Params(**{name: stored}), shape)[NAMES.index(name)]
+        if found is None:
+            raise InputError("FB-E0603", f"{scheme} has no {name}")
+        return found.contiguous()
+    part = scheme.part(name)
     tiling = scheme.blocks.resolve(shape)
     values = values_of(stored)
     values = (expand(values, part, tiling.grid) if part.is_leaf else values).reshape(tiling.grid)
@@ -139,7 +141,7 @@ def _alternatives(
 ) -> list[torch.Tensor | QTensor]:
     part, stored = getattr(scheme, name), getattr(params, name)
     if isinstance(stored, QTensor):
-        return [step_codes(stored, by) for by in (0, -1, 1)]
+        return [stepped(stored, by) for by in (0, -1, 1)]
     if part.grid.dim != 1 or part.blocks != EACH:
         return [stored]
     values = values_of(stored)
@@ -152,7 +154,7 @@ def _alternatives(
         return [stored, *((values + by).clamp(grid.low, grid.high).to(stored.dtype) for by in (-1, 1))]
     step = 0.3 if factors is COARSE else 0.05
     unit = torch.ones_like(values)
-    if name == "value_shift" and scheme.scale is not None:
+    if name == "value_shift" and params.scale is not None:
         unit = by_group(scheme, "scale", params.scale, shape).reshape(values.shape)
     return [stored, *(pack_leaf(part.grid, store(part.grid, values + by * step * unit)) for by in (-1, 1))]
 
@@ -161,7 +163,12 @@ def _merge(alternatives: list[torch.Tensor | QTensor], index: torch.Tensor) -> t
     """Entry by entry the alternative with the given index."""
     first = alternatives[0]
     if isinstance(first, QTensor):
-        return replace(first, codes=_merge([q.codes for q in alternatives], index))
+        return replace(first, codes=_entries([q.codes for q in alternatives if isinstance(q, QTensor)], index))
+    return _entries([array for array in alternatives if isinstance(array, torch.Tensor)], index)
+
+
+def _entries(alternatives: list[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
+    first = alternatives[0]
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[first.element_size()]
     stacked = torch.stack([a.contiguous().view(bits) for a in alternatives])
     return stacked.gather(0, index.reshape(1, *first.shape))[0].view(first.dtype)

@@ -29,7 +29,7 @@ from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import Scheme
 from fewbit.solve.candidates import join, separable
 from fewbit.solve.gptq import stack
-from fewbit.solve.table import Solved, Solver
+from fewbit.solve.table import Solved, Solver, collected
 
 
 def solve(w: torch.Tensor, stats: Stats | None, scheme: Scheme, *, seed: int, options: Mapping[str, Any]) -> Solved:
@@ -39,15 +39,14 @@ def solve(w: torch.Tensor, stats: Stats | None, scheme: Scheme, *, seed: int, op
         InputError: FB-E0702 for non-finite weights, FB-E0703 when the statistics are of other channels, FB-E0704 for unsuitable options.
     """
     require_finite(w)
-    assert stats is not None and stats.gram is not None
-    scheme = scheme.weights_only
+    stats, scheme = collected(stats), scheme.weights_only
     if options["steps"] < 1 or not 0 < options["tightest"] <= 1 or options["sweeps"] < 0:
         raise InputError("FB-E0704", f"clip wants steps >= 1, 0 < tightest <= 1 and sweeps >= 0, got {dict(options)}")
     if w.ndim < 2 or stats.channels != w.shape[-1]:
         raise InputError(
             "FB-E0703", f"statistics of {stats.channels} channels do not suit a weight of shape {tuple(w.shape)}"
         )
-    gram, notes = _usable(stats.gram.to(w.device).float())
+    gram, notes = _usable(stats.held("gram").to(w.device).float())
     parts = [_matrix(part.float(), gram, stats, scheme, options) for part in w.reshape(-1, *w.shape[-2:])]
     q = parts[0][0] if w.ndim == 2 else stack([one for one, _ in parts], tuple(w.shape))
     return Solved(q, sum(loss for _, loss in parts), notes)

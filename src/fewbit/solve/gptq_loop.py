@@ -97,10 +97,10 @@ class Parameters:
         missing = count - self.scale.shape[2]
         if self.scale.shape[2] == 1 or missing <= 0:
             return self
-        parts = (
+        scale, zero, shift = (
             torch.cat([part, part[..., :1].expand(-1, -1, missing)], -1) for part in (self.scale, self.zero, self.shift)
         )
-        return Parameters(*parts, self.gid)
+        return Parameters(scale, zero, shift, self.gid)
 
 
 @dataclass
@@ -203,7 +203,7 @@ def _kernel_block(
     )
     written = [t.numpy() for t in (block.codes, block.out, block.choice, block.loss)]
     wx = (block.w.numpy(), block.x.numpy())
-    if rows is None:
+    if rows is None or across is None:
         gptq.round_rows(*wx, *arrays, *grid, *written)
     else:
         across_rows = (across.numpy(), rows.upper.contiguous().numpy(), rows.pivot.square().numpy())
@@ -271,11 +271,9 @@ def run_loop(
     dim = grid.dim
     codes = torch.empty(w.shape[0], w.shape[1] // dim, dtype=code_dtype(grid), device=w.device)
     error, loss = torch.zeros_like(w), 0.0
-    rounder = None
+    rounder: Rounder | None = None
     if isinstance(grid, VectorGrid):
         columns = columns.blockwise(dim)
-    else:
-        rounder = Rounder.of(grid)
     for start in range(0, w.shape[1], width):
         end = min(start + width, w.shape[1])
         wanted = w[:, start:end].contiguous()
@@ -283,13 +281,13 @@ def run_loop(
         weight = columns.pivot[start:end].square()
         upper = columns.upper[start:end, start:end]
         params = provide(start, end, wanted + fed, weight)
-        if rounder is None:
+        if isinstance(grid, VectorGrid):
             found, out, part = _round_vectors(grid, wanted, wanted + fed, upper, weight, params)
         else:
-            parts = (wanted, fed, upper, weight, params)
-            if apart:
-                parts = (*(t.cpu() for t in parts[:4]), params.cpu())
-            found, out, part, choice = _round_scalars(rounder, *parts, rows, plain)
+            rounder = Rounder.of(grid) if rounder is None else rounder
+            w_in, fed, upper, weight = (t.cpu() if apart else t for t in (wanted, fed, upper, weight))
+            params = params.cpu() if apart else params
+            found, out, part, choice = _round_scalars(rounder, w_in, fed, upper, weight, params, rows, plain)
             found, out, choice = (t.to(w.device) for t in (found, out, choice))
             chosen(start, end, choice)
         codes[:, start // dim : end // dim] = found

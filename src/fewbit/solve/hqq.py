@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from fewbit.base.errors import InputError
-from fewbit.math.rounding import round_levels, store
+from fewbit.math.rounding import round_levels, store_shift
 from fewbit.math.scales import Params, assemble, fit_plain, snap
-from fewbit.math.search import Search, Target, Triple, choose, decode, from_range, least_squares, units
+from fewbit.math.search import Search, Target, Triple, choose, decode, from_range, least_squares, merged, units
 from fewbit.math.stats import Stats
 from fewbit.math.tiles import Chunk, chunks
 from fewbit.num.blocks import CHANNEL
@@ -81,7 +81,7 @@ def _choose(
     for step in range(rounds + 1):
         new = _lp(target, chunk, current, power)
         better = new < error
-        best = tuple(None if b is None else torch.where(better, c, b) for b, c in zip(best, current, strict=True))
+        best = merged(better, current, best)
         if step == rounds or (step and not bool(better.any())):
             break
         error = torch.where(better, new, error)
@@ -115,7 +115,10 @@ def _refit(target: Target, chunk: Chunk, triple: Triple, given_up: Callable[[tor
         return least_squares(target, rest, triple)
     shifted = replace(target, code_shift=None, value_shift=F32)
     scale, _, v = least_squares(shifted, rest, (scale, None, -z * scale))
-    return scale, store(target.code_shift, torch.where(scale == 0, z, -v / torch.where(scale == 0, 1, scale))), None
+    if v is None:
+        return triple
+    zero = torch.where(scale == 0, z, -v / torch.where(scale == 0, 1, scale))
+    return scale, store_shift(target.code_shift, zero), None
 
 
 SOLVER = Solver(

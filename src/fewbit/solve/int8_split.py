@@ -21,7 +21,7 @@ from fewbit.math.search import Search
 from fewbit.math.stats import Stats
 from fewbit.math.tiles import require_finite
 from fewbit.num.scheme import Scheme
-from fewbit.solve.table import Solved, Solver
+from fewbit.solve.table import Solved, Solver, collected
 
 
 def solve(w: torch.Tensor, stats: Stats | None, scheme: Scheme, *, seed: int, options: Mapping[str, Any]) -> Solved:
@@ -34,12 +34,13 @@ def solve(w: torch.Tensor, stats: Stats | None, scheme: Scheme, *, seed: int, op
     if not threshold > 0:
         raise InputError("FB-E0704", f"the threshold of outlying inputs must be positive, got {threshold}")
     require_finite(w)
+    stats = collected(stats)
     if w.ndim < 2 or stats.channels != w.shape[-1]:
         raise InputError(
             "FB-E0703", f"statistics of {stats.channels} channels do not suit a weight of shape {tuple(w.shape)}"
         )
     w = w.float()
-    columns = outlying(stats.absmax.to(w.device), threshold, options["most"])
+    columns = outlying(stats.held("absmax").to(w.device), threshold, options["most"])
     values = torch.where(columns, w, 0).half().float()
     base = torch.where(columns, 0, w)
     importance = stats.importance

@@ -154,11 +154,11 @@ class Latent:
         """(s, z, v), broadcast over the blocked weights."""
         shape = (*self.tiling.grid[:-1], 1, self.tiling.grid[-1], 1)
         plain = {"scale": 1.0, "code_shift": 0.0, "value_shift": 0.0}
-        found = (
+        scale, code_shift, value_shift = (
             self.parts[name].value.reshape(shape) if name in self.parts else self.q.codes.new_full((), x, dtype=torch.float32)
             for name, x in plain.items()
         )  # fmt: skip
-        return tuple(found)  # type: ignore[return-value]
+        return scale, code_shift, value_shift
 
     def values(self) -> torch.Tensor:
         """float32 [..., out, in], exactly what `finish().dequantize()` gives."""
@@ -205,6 +205,11 @@ class Latent:
     def finish(self) -> QTensor:
         """The weight as its codes and parts are now."""
         self.values()
-        stored = {name: part.stored for name, part in self.parts.items()}
-        codes = self.cells.codes(self._whole(self.level)).reshape(self.q.codes.shape)
-        return replace(self.q, codes=codes, **stored)
+        q, stored = self.q, {name: part.stored for name, part in self.parts.items()}
+        return replace(
+            q,
+            codes=self.cells.codes(self._whole(self.level)).reshape(q.codes.shape),
+            scale=stored.get("scale", q.scale),
+            code_shift=stored.get("code_shift", q.code_shift),
+            value_shift=stored.get("value_shift", q.value_shift),
+        )

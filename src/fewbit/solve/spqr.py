@@ -24,7 +24,7 @@ from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import Scheme
 from fewbit.solve import gptq
 from fewbit.solve.sweeps import Quadratic
-from fewbit.solve.table import Solved, Solver
+from fewbit.solve.table import Solved, Solver, collected
 
 ROUNDS = 3
 
@@ -35,7 +35,7 @@ def solve(w: torch.Tensor, stats: Stats | None, scheme: Scheme, *, seed: int, op
     Raises:
         InputError: FB-E0602 for anything but a matrix, FB-E0704 for a share outside 0 … 0.5; else as `gptq.solve`.
     """
-    share = options["outliers"]
+    stats, share = collected(stats), options["outliers"]
     if not 0 <= share <= 0.5:
         raise InputError("FB-E0704", f"the share of outliers lies between 0 and 0.5, got {share}")
     if w.ndim != 2:

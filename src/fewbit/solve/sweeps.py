@@ -71,7 +71,8 @@ def sweep(
     """
     device = codes.device
     if device.type != "cpu":  # the kernels are the CPU's
-        home = Quadratic(*(t if t is None else t.cpu() for t in (problem.w, problem.gram, problem.outer)), problem.unit)
+        outer = None if problem.outer is None else problem.outer.cpu()
+        home = Quadratic(problem.w.cpu(), problem.gram.cpu(), outer, problem.unit)
         found, kept, loss = sweep(scheme, codes.cpu(), _moved(params, "cpu"), home, sweeps=sweeps, tune=tune)
         return found.to(device), _moved(kept, device), loss
     rounder = Rounder.of(scheme.grid)
