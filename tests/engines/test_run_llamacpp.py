@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import ROOT, envs_root, require_env, run_driver
@@ -39,6 +40,12 @@ def fewbit(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=environment)
 
 
+def document(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The JSON document that was printed; the driver sends what goes to stdout to stderr."""
+    said = done.stdout + done.stderr
+    return json.JSONDecoder().raw_decode(said[said.index("{\n") :])[0]
+
+
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fewbit import api
@@ -52,7 +59,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_text_of_llama_cpp(gguf: Path) -> None:
     done = fewbit("run", str(gguf), "-p", "The history of", "-n", "6", "--json")
     assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout.strip().splitlines()[-1])
+    record = document(done)
     assert (
         record["kernels"] == {"llama.cpp": 1}
         and record["tokens"] == 6
@@ -67,9 +74,7 @@ def test_torch_when_asked(gguf: Path) -> None:
     sample = str(ROOT / "samples" / "sample")
     words = ("run", str(gguf), "-p", "The history of", "-n", "2", "--json", "--engine", "torch", "--tokenizer", sample)
     done = fewbit(*words)
-    assert done.returncode == 0 and json.loads(done.stdout.strip().splitlines()[-1])["quantised_layers"] > 0, (
-        done.stderr
-    )
+    assert done.returncode == 0 and document(done)["quantised_layers"] > 0, done.stderr
 
 
 def test_refusals(tmp_path: Path, gguf: Path) -> None:
