@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from fewbit.base.errors import InputError
 from fewbit.base.manifest import DTYPE_BITS, TensorInfo, data_bytes
@@ -62,7 +63,8 @@ def lay_out(
 ) -> Layout:
     """Distributes tensors over shards, in the order given; the same arguments always give the same bytes.
 
-    Within a shard the wider dtypes come first, so that every tensor is aligned to its element size.
+    Tensors follow one another as given, so that a shard fills from its beginning and can be hashed while it is written. Where one would not be
+    aligned to its element size so, the wider dtypes of that shard come first.
 
     Args:
         tensors: (name, safetensors dtype, shape).
@@ -100,8 +102,14 @@ def lay_out(
     return Layout(shards, {info.name: info for shard in shards for info in shard.tensors})
 
 
+def _aligned(group: list[TensorInfo]) -> bool:
+    """Whether every tensor begins at a multiple of its element size when they follow one another as given."""
+    starts = accumulate((info.nbytes for info in group), initial=0)
+    return all(start * 8 % max(8, DTYPE_BITS[info.dtype]) == 0 for start, info in zip(starts, group, strict=False))
+
+
 def _shard(file: str, group: list[TensorInfo], metadata: dict[str, str]) -> Shard:
-    ordered = sorted(group, key=lambda info: -DTYPE_BITS[info.dtype])  # stable: given order among equals
+    ordered = group if _aligned(group) else sorted(group, key=lambda info: -DTYPE_BITS[info.dtype])  # stable
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     at = 0
     for info in ordered:
