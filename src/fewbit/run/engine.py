@@ -44,6 +44,9 @@ from fewbit.run.static import with_inputs
 from fewbit.solve.table import SOLVERS, Solved
 
 
+LONG_SHARE = 20  # a tensor of more than this part of the work goes before the others
+
+
 @dataclass(frozen=True)
 class Group:
     """Jobs of one or more outputs that need the same tensor solved in the same way.
@@ -209,7 +212,8 @@ class _Run:
     def _pool(self, todo: list[Group]) -> None:
         """Runs data-free groups on worker threads; the first failure stops the rest."""
         pending: set[Future[None]] = set()
-        queue = iter(todo)
+        large = sum(group.job.numel for group in todo) / LONG_SHARE
+        queue = iter(sorted(todo, key=lambda group: group.job.numel < large))  # else the largest may be all that is left at the end
         with torch_threads(self.room.workers), ThreadPoolExecutor(max_workers=self.room.workers) as pool:
             try:
                 while True:
