@@ -153,8 +153,8 @@ def encode(name: str, q: QTensor) -> dict[str, torch.Tensor]:
     """
     import torch
 
-    from fewbit.formats.words import global_divisor, leaf_as, refuse_sides, signed_codes, unsigned_codes
-    from fewbit.math.bits import pack
+    from fewbit.formats.words import global_divisor, leaf_as, refuse_sides, signed_codes
+    from fewbit.math.bits import pack, pack_offset
 
     refuse_sides(name, q, "compressed-tensors", allowed=("input_scale",))
     scheme, sizes = q.scheme, _sizes(word_of(q.scheme) or "", q.scheme, q.shape)
@@ -162,12 +162,12 @@ def encode(name: str, q: QTensor) -> dict[str, torch.Tensor]:
     if affine_of(scheme) is not None:
         bits = int(scheme.grid.bits)
         out["scale"] = q.leaf("scale").reshape(sizes["scale"][1])
-        codes = unsigned_codes(q).reshape(q.shape)
+        codes, signed = q.codes.reshape(q.shape), q.codes.dtype == torch.int8
         if "packed" in sizes:
-            out["packed"] = pack(codes, bits, word=torch.int32)
+            out["packed"] = (pack_offset if signed else pack)(codes, bits, word=torch.int32)
             out["shape"] = torch.tensor(q.shape, dtype=torch.int64)
         else:
-            out[""] = signed_codes(codes, bits)
+            out[""] = codes if signed else signed_codes(codes, bits)
         if "zero_point" in sizes and sizes["zero_point"][0] == "I32":
             counts = scheme.block_counts(q.shape)
             out["zero_point"] = pack(q.leaf("code_shift").reshape(counts).mT, bits, word=torch.int32).mT.contiguous()

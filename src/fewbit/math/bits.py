@@ -27,6 +27,22 @@ def packed_length(count: int, bits: int, *, word: torch.dtype = torch.uint8, den
     return ceil(count * bits / size) if dense else ceil(count / (size // bits))
 
 
+def pack_offset(codes: torch.Tensor, bits: int, *, word: torch.dtype = torch.uint8) -> torch.Tensor:
+    """`pack` of signed codes counted from their lowest level: codes + 2^(bits-1), densely, lowest bits first.
+
+    Adding that is turning over the highest bit of each code, which is cheaper done to the words.
+
+    Args:
+        codes: int8 [..., n].
+    """
+    size, count = _word_bits(word, bits), codes.shape[-1]
+    whole = bits < size and count * bits % size == 0
+    if whole and size % bits == 0 and _kernels_serve(codes, True, count, "lsb", True):
+        pattern = sum(1 << (at + bits - 1) for at in range(0, size, bits))
+        return pack(codes, bits, word=word).bitwise_xor_(pattern - (1 << size) * (word != torch.uint8))
+    return pack(codes.view(torch.uint8) + (1 << (bits - 1)), bits, word=word)  # modulo 256, which is what is wanted
+
+
 def pack(
     codes: torch.Tensor, bits: int, *, order: str = "lsb", word: torch.dtype = torch.uint8, dense: bool = True
 ) -> torch.Tensor:
@@ -46,7 +62,8 @@ def pack(
             memory_format=torch.contiguous_format
         )  # whole rows of words, whatever the strides of the codes
     if _by_bytes(bits, size, order):
-        whole = torch.nn.functional.pad(codes, (0, words * (size // bits) - count))
+        missing = words * (size // bits) - count
+        whole = torch.nn.functional.pad(codes, (0, missing)) if missing else codes
         return pack(whole, bits).view(word)
     if _kernels_serve(codes, count * bits % size == 0, count, order, dense):
         return _pack_fast(codes, bits, word)

@@ -82,7 +82,7 @@ class FloatGrid:
     def high(self) -> float:
         """The largest finite level."""
         if self.bits <= 16:
-            return float(np.nanmax(np.where(np.isfinite(self.levels()), self.levels(), np.nan)))
+            return _highest(self)
         return float(np.ldexp(2.0 - 2.0**-self.mantissa, (1 << self.exponent) - 2 - self.bias))
 
     @property
@@ -210,6 +210,12 @@ def decode_vectors(grid: VectorGrid, codes: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=64)
+def _highest(grid: FloatGrid) -> float:
+    levels = _float_levels(grid)
+    return float(np.nanmax(np.where(np.isfinite(levels), levels, np.nan)))
+
+
+@functools.cache
 def _float_levels(grid: FloatGrid) -> np.ndarray:
     if grid.bits > 16:
         raise InputError("FB-E0601", f"{grid.name} has too many levels to list")

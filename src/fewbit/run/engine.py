@@ -43,7 +43,6 @@ from fewbit.run.source import Source
 from fewbit.run.static import with_inputs
 from fewbit.solve.table import SOLVERS, Solved
 
-
 LONG_SHARE = 20  # a tensor of more than this part of the work goes before the others
 
 
@@ -213,7 +212,9 @@ class _Run:
         """Runs data-free groups on worker threads; the first failure stops the rest."""
         pending: set[Future[None]] = set()
         large = sum(group.job.numel for group in todo) / LONG_SHARE
-        queue = iter(sorted(todo, key=lambda group: group.job.numel < large))  # else the largest may be all that is left at the end
+        queue = iter(
+            sorted(todo, key=lambda group: group.job.numel < large)
+        )  # else the largest may be all that is left at the end
         with torch_threads(self.room.workers), ThreadPoolExecutor(max_workers=self.room.workers) as pool:
             try:
                 while True:

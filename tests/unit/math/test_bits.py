@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fewbit.base.errors import InputError
-from fewbit.math.bits import pack, packed_length, unpack
+from fewbit.math.bits import pack, pack_offset, packed_length, unpack
 
 WORDS = {torch.uint8: 8, torch.int16: 16, torch.int32: 32}
 
@@ -69,3 +69,14 @@ def test_refusals() -> None:
         with pytest.raises(InputError) as caught:
             call()
         assert caught.value.code == "FB-E0606"
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("shape", [(3, 5), (4, 32), (256, 512)])
+@pytest.mark.parametrize("word", [torch.uint8, torch.int32])
+def test_signed_codes_are_packed_from_their_lowest_level(bits: int, shape: tuple[int, int], word: torch.dtype) -> None:
+    low = -(1 << bits - 1)
+    codes = torch.randint(low, -low, shape, generator=torch.Generator().manual_seed(bits)).to(torch.int8)
+    words = pack_offset(codes, bits, word=word)
+    assert torch.equal(words, pack((codes.int() - low).to(torch.uint8), bits, word=word))
+    assert torch.equal(unpack(words, bits, shape[1]).int() + low, codes.int())
