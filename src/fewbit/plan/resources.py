@@ -21,10 +21,12 @@ from fewbit.plan.jobs import Job
 TILE_WEIGHTS = 1 << 23
 COPY_BUFFER = 1 << 25
 TILE_BYTES = 3.7  # of one weight of a tile while it is solved, beside what is joined later: float32 and the allocator's leftovers
-ROW_BYTES = 11.5  # the same where tiles are written as they are solved, codes and encoding included
-TABLE_BYTES = 18.0  # and where codes are looked for in a table
+WHOLE_BYTES = 3.1  # the same where all rows are one tile: several jobs rarely stand at their peaks together
+SEARCH_BYTES = 128 << 20  # of a job whose scale serves the whole tensor: temporaries of a chunk while its range is searched
+ROW_BYTES = 10.5  # the same where tiles are written as they are solved, codes and encoding included
+TABLE_BYTES = 15.0  # and where codes are looked for in a table
 # bytes of one weight that encoding takes beside the codes, by the dtype of what is stored; U8 (blocks of GGUF and others): the output and .7 more
-ENCODE_BYTES = {"I32": 2.5, "U32": 1.5, "I8": 2.0, "F8_E4M3": 0.0, "F8_E5M2": 0.0, "BF16": 6.0, "F16": 6.0, "F32": 8.0}
+ENCODE_BYTES = {"I32": 1.5, "U32": 1.5, "I8": 1.0, "F8_E4M3": 0.0, "F8_E5M2": 0.0, "BF16": 6.0, "F16": 6.0, "F32": 8.0}
 TURNED_BYTES = 4.0  # where packed words run down the columns (GPTQ): they are packed in a copy that is turned round
 BLOCK_BYTES = 0.7
 BASE_BYTES = 420 << 20  # interpreter, torch, numba and their heaps, measured (dev/LOG.md)
@@ -40,6 +42,12 @@ def row_separable(scheme: Scheme) -> bool:
         (part.is_leaf and part.blocks.rows == 1) or (not part.is_leaf and row_separable(part))
         for _, part in scheme.parts()
     )
+
+
+def shares_all(scheme: Scheme) -> bool:
+    """Whether some scale or shift serves the whole tensor."""
+    whole = scheme.blocks.rows == 0 and not scheme.blocks.flat and not scheme.is_leaf
+    return whole or any(not part.is_leaf and shares_all(part) for _, part in scheme.parts())
 
 
 def tile_rows(scheme: Scheme, shape: tuple[int, ...], ops: tuple[str, ...] = ()) -> int:
@@ -82,7 +90,8 @@ def job_bytes(job: Job) -> int:
         looked_up = isinstance(job.scheme.grid, Codebook | VectorGrid)
         return int(step * job.shape[-1] * (source + (TABLE_BYTES if looked_up else ROW_BYTES)))
     if step >= rows:
-        return int(codes + max(job.numel * (source + TILE_BYTES), encode_bytes(job)))
+        search = min(SEARCH_BYTES, 32 * job.numel) if shares_all(job.scheme) else 0
+        return int(codes + max(job.numel * (source + WHOLE_BYTES) + search, encode_bytes(job)))
     return int(step * job.shape[-1] * (source + TILE_BYTES) + max(2 * codes, codes + encode_bytes(job)))
 
 
