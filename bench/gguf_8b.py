@@ -130,7 +130,9 @@ def main() -> None:
         result["ratio"] = round(seconds / result["fewbit"]["seconds"], 2)
         spent = converted["cpu_seconds"] + made["cpu_seconds"]  # what to trust on a machine that does other work
         result["cpu_ratio"] = round(spent / result["fewbit"]["cpu_seconds"], 2)
-        result["peak_ratio"] = round(result["fewbit"]["peak_bytes"] / max(converted["peak_bytes"], made["peak_bytes"]), 2)
+        result["peak_ratio"] = round(
+            result["fewbit"]["peak_bytes"] / max(converted["peak_bytes"], made["peak_bytes"]), 2
+        )
         (folder / "theirs.gguf").unlink()
         shutil.rmtree(folder / "bf16")
     text = json.dumps(result, indent=1) + "\n"

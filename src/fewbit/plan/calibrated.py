@@ -191,7 +191,9 @@ def _budget(
     shapes: Shapes, plan: Plan, solved: set[str], workers: int, keep: bool, spill: bool, device: bool = False
 ) -> CalibratedBudget:
     kept = 0
-    if keep:  # the widest inputs that are not made again, and the outputs that join the residual stream, of both streams
+    if (
+        keep
+    ):  # the widest inputs that are not made again, and the outputs that join the residual stream, of both streams
         widths = [job.shape[-1] for jobs in shapes.blocks for job in jobs if len(job.shape) > 1]
         widest = max((width for width in widths if width < WIDE * shapes.hidden), default=0)
         kept = (shapes.samples + shapes.drift) * shapes.length * (widest + shapes.hidden) * shapes.itemsize

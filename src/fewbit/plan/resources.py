@@ -22,7 +22,9 @@ TILE_WEIGHTS = 1 << 23
 COPY_BUFFER = 1 << 25
 TILE_BYTES = 3.7  # of one weight of a tile while it is solved, beside what is joined later: float32 and the allocator's leftovers
 WHOLE_BYTES = 3.1  # the same where all rows are one tile: several jobs rarely stand at their peaks together
-SEARCH_BYTES = 128 << 20  # of a job whose scale serves the whole tensor: temporaries of a chunk while its range is searched
+SEARCH_BYTES = (
+    128 << 20
+)  # of a job whose scale serves the whole tensor: temporaries of a chunk while its range is searched
 ROW_BYTES = 10.5  # the same where tiles are written as they are solved, codes and encoding included
 TABLE_BYTES = 15.0  # and where codes are looked for in a table
 # bytes of one weight that encoding takes beside the codes, by the dtype of what is stored; U8 (blocks of GGUF and others): the output and .7 more

@@ -124,7 +124,12 @@ def test_layout_is_deterministic_aligned_and_named_like_transformers() -> None:
 
 
 def test_a_shard_fills_from_its_beginning_unless_alignment_forbids_it() -> None:
-    whole = [("a.packed", "I32", (4, 8)), ("a.scale", "BF16", (4, 4)), ("a.shape", "I64", (2,)), ("b.packed", "I32", (3, 8))]
+    whole = [
+        ("a.packed", "I32", (4, 8)),
+        ("a.scale", "BF16", (4, 4)),
+        ("a.shape", "I64", (2,)),
+        ("b.packed", "I32", (3, 8)),
+    ]
     (shard,) = lay_out(whole).shards
     assert [info.name for info in shard.tensors] == [name for name, _, _ in whole]
     odd = [("a.scale", "BF16", (3, 1)), ("a.shape", "I64", (2,)), ("b", "U8", (3,)), ("c", "F32", (1,))]
