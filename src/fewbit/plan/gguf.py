@@ -93,7 +93,11 @@ def _job(
     rule = next(
         (r for r in reversed(recipe.rules) if any(matches(r.pattern, n) for n in (tensor.name, *tensor.reads))), None
     )
-    method = (rule.method if rule else None) or recipe.method
+    method, reason = (rule.method if rule else None) or recipe.method, tensor.reason
+    turned = "transpose" in tensor.ops and not (first and first.transposed)
+    if turned and quantised and recipe.imatrix is None and method in SOLVERS and SOLVERS[method].needs:
+        method = "rtn"  # its columns are rows of the layer: calibration has seen nothing of what they will be multiplied with
+        reason = f"{reason}; by its weights alone, as it is stored turned round"
     stored = ("U8", (*tensor.shape[:-1], block_type(tensor.type).row_bytes(tensor.shape[-1])))
     beside = scales.get(global_scale_name(tensor.name)) if tensor.type == "NVFP4" else None
     more = {beside.name: ("F32", beside.shape)} if beside is not None else {}
@@ -108,7 +112,7 @@ def _job(
         layer=first.layer if first else None,
         scheme=tensor.scheme if quantised else None,
         solver=method if quantised else "",
-        reason=tensor.reason,
+        reason=reason,
         writes={tensor.name: stored if quantised else (tensor.type, tensor.shape), **more},
         by_rows=quantised and not more and len(tensor.shape) == 2,
     )

@@ -152,7 +152,7 @@ class BlockModel:
         return len(self.blocks)
 
     def _check_complete(self) -> None:
-        for name, _ in self.module.named_parameters():
+        for name, _ in stored_tensors(self.module):
             if name not in self._by_param and name not in self._tied:
                 raise InputError(
                     "FB-E0721", f"the model has a parameter {name!r} that the checkpoint has not", tensor=name
@@ -160,7 +160,7 @@ class BlockModel:
 
     def block_params(self, index: int) -> dict[str, str]:
         """Local name -> full name of the parameters of a block."""
-        return {name: f"{self.prefix}.{index}.{name}" for name, _ in self.blocks[index].named_parameters()}
+        return {name: f"{self.prefix}.{index}.{name}" for name, _ in stored_tensors(self.blocks[index])}
 
     def block_slots(self, index: int) -> list[Slot]:
         """The stored tensors that a block is made of."""
@@ -187,13 +187,13 @@ class BlockModel:
         """The parameters of a block, by local name, read from a checkpoint."""
         return {
             name: self._gather(f"{self.prefix}.{index}.{name}", param, read)
-            for name, param in self.blocks[index].named_parameters()
+            for name, param in stored_tensors(self.blocks[index])
         }
 
     def load_trunk(self, read: Read) -> Params:
         """All parameters outside the blocks, by full name; tied ones share memory."""
         trunk: Params = {}
-        for name, param in self.module.named_parameters():
+        for name, param in stored_tensors(self.module):
             if not name.startswith(self.prefix + "."):
                 trunk[name] = self._gather(name, param, read)
         for name, other in self._tied.items():
@@ -318,10 +318,17 @@ def _tied(module: nn.Module) -> dict[str, str]:
     return tied
 
 
+def stored_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a checkpoint holds of a module, by name: its parameters, then its persistent buffers (DeepSeek's correction of the router's scores)."""
+    yield from module.named_parameters()
+    kept = module.state_dict()
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in kept)
+
+
 def bind(module: nn.Module, manifest: Manifest) -> dict[str, Slot]:
     """Which stored tensor fills which part of which parameter. Stored tensors that no parameter wants are left out."""
     slots: dict[str, Slot] = {}
-    for name, param in module.named_parameters():
+    for name, param in stored_tensors(module):
         stored = _stored_as(name, manifest)
         if stored is not None:
             slots[stored] = Slot(stored, name)

@@ -134,7 +134,7 @@ def inputs(
             raise StopForward
 
     def sway(use: Use, product: torch.Tensor) -> torch.Tensor | None:
-        if use.param not in routers:
+        if use.param not in routers or product.shape[-1] <= max(forced):  # the gate of a shared expert is no router
             return None
         product = product.clone()
         product[..., list(forced)] += 2 * (product.amax() - product.amin()) + 10
