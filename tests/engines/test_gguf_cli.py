@@ -34,10 +34,19 @@ def dense_logits(folder: Path) -> list[np.ndarray]:
         return [model(torch.tensor([prompt])).logits[0].float().numpy() for prompt in PROMPTS]
 
 
+def ids_of(folder: Path) -> list[int]:
+    """Token ids of the text by the files themselves: transformers 5 puts Qwen2's own cutting of words in the place of what tokenizer.json says."""
+    import tokenizers
+    import transformers
+
+    if (folder / "tokenizer.json").exists():
+        return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT, add_special_tokens=False).ids
+    return transformers.AutoTokenizer.from_pretrained(folder)(TEXT, add_special_tokens=False)["input_ids"]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_quantise_load_decode(name: str, tmp_path: Path) -> None:
     require_env("llamacpp")
-    import transformers
     from gguf_models import spm_tokenizer
 
     folder = build(name, tmp_path / "model")
@@ -52,5 +61,4 @@ def test_quantise_load_decode(name: str, tmp_path: Path) -> None:
     # llama.cpp rounds activations to 8 bits; a router near a tie then takes another expert
     gap = float(np.sqrt(np.mean(np.square(expected[0] - found[0]))) / np.std(expected[0]))
     assert gap < (0.3 if "moe" in name or name in ("mixtral", "deepseek2", "deepseek3", "gpt-oss") else 0.06), gap
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "dense")
-    assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == result["tokens"][0]
+    assert ids_of(tmp_path / "dense") == result["tokens"][0]

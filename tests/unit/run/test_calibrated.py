@@ -34,6 +34,29 @@ MODELS = {
     "phi3": {**SMALL, "pad_token_id": 0},
     "olmo2": SMALL,
     "mixtral": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        **SMALL,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+    },
+    "deepseek_v3": {
+        **SMALL,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+    },
     "qwen3_moe": {**SMALL, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     "gpt_oss": {**SMALL, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
     "gpt2": {"vocab_size": 8192, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
@@ -193,3 +216,14 @@ def test_a_dense_output_of_eight_bits_stays_close_to_the_model(model_type: str, 
     with torch.no_grad():
         wanted, found = model(tokens).logits, again(tokens).logits
     assert (found - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_matrices_that_a_gguf_turns_round_are_solved_by_their_weights(tmp_path: Path) -> None:
+    """MLA's key matrix is stored with its rows as columns: statistics of the layer's inputs say nothing of these."""
+    make("deepseek_v3", tmp_path / "model")
+    result = api.quantize(
+        tmp_path / "model", to="gguf:Q8_0", method="imatrix", calib_samples=8, calib_length=64, out=tmp_path / "out"
+    )
+    solvers = {job.target: job.solver for job in result.plan.outputs[0].quantised}
+    assert {solvers[f"blk.{layer}.attn_k_b.weight"] for layer in (0, 1)} == {"rtn"}
+    assert {solvers[f"blk.{layer}.attn_v_b.weight"] for layer in (0, 1)} == {"imatrix"}
