@@ -21,16 +21,17 @@ from fewbit.plan.jobs import Job
 TILE_WEIGHTS = 1 << 23
 COPY_BUFFER = 1 << 25
 TILE_BYTES = 3.7  # of one weight of a tile while it is solved, beside what is joined later: float32 and the allocator's leftovers
-WHOLE_BYTES = 3.1  # the same where all rows are one tile: several jobs rarely stand at their peaks together
+WHOLE_BYTES = 2.8  # the same where all rows are one tile: several jobs rarely stand at their peaks together
 SEARCH_BYTES = (
     128 << 20
 )  # of a job whose scale serves the whole tensor: temporaries of a chunk while its range is searched
 ROW_BYTES = 10.5  # the same where tiles are written as they are solved, codes and encoding included
-TABLE_BYTES = 15.0  # and where codes are looked for in a table
+TABLE_BYTES = 13.5  # and where codes are looked for in a table
 # bytes of one weight that encoding takes beside the codes, by the dtype of what is stored; U8 (blocks of GGUF and others): the output and .7 more
 ENCODE_BYTES = {"I32": 1.5, "U32": 1.5, "I8": 1.0, "F8_E4M3": 0.0, "F8_E5M2": 0.0, "BF16": 6.0, "F16": 6.0, "F32": 8.0}
 TURNED_BYTES = 4.0  # where packed words run down the columns (GPTQ): they are packed in a copy that is turned round
 BLOCK_BYTES = 0.7
+MARGIN = 1.15  # how far above its estimate a job may come: a limit must hold all the same
 BASE_BYTES = 420 << 20  # interpreter, torch, numba and their heaps, measured (dev/LOG.md)
 
 
@@ -121,13 +122,14 @@ def budget(jobs: list[Job], ram: int, workers: int) -> Budget:
     room = ram - BASE_BYTES
     sizes = sorted(((job_bytes(job), job) for job in jobs), key=lambda pair: -pair[0])
     largest, worst = sizes[0] if sizes else (0, None)
-    if worst is not None and largest > room:
+    most = int(MARGIN * largest)
+    if worst is not None and most > room:
         raise ResourceError(
             "FB-E0510",
-            f"the program takes {BASE_BYTES / 1e9:.2f} GB and its largest tensor {largest / 1e9:.2f} GB more, --ram allows {ram / 1e9:.2f} GB",
+            f"the program takes {BASE_BYTES / 1e9:.2f} GB and its largest tensor up to {most / 1e9:.2f} GB more, --ram allows {ram / 1e9:.2f} GB",
             tensor=worst.name,
-            remedy=f"--ram {(largest + BASE_BYTES) / 1e9 + 0.01:.2f}GB or more" if largest < BASE_BYTES else None,
+            remedy=f"--ram {(most + BASE_BYTES) / 1e9 + 0.01:.2f}GB or more" if most < BASE_BYTES else None,
         )
-    fitting = next((n for n in range(workers, 0, -1) if sum(size for size, _ in sizes[:n]) <= room), 1)
+    fitting = next((n for n in range(workers, 0, -1) if MARGIN * sum(size for size, _ in sizes[:n]) <= room), 1)
     peak = BASE_BYTES + sum(size for size, _ in sizes[:fitting])
-    return Budget(workers=fitting, bytes=room, peak=peak)
+    return Budget(workers=fitting, bytes=max(largest, int(room / MARGIN)), peak=peak)
