@@ -20,15 +20,15 @@ from fewbit.plan.jobs import Job
 
 TILE_WEIGHTS = 1 << 23
 COPY_BUFFER = 1 << 25
-TILE_BYTES = 3.7  # of one weight of a tile while it is solved, beside what is joined later: float32 and the allocator's leftovers
+TILE_BYTES = 3.0  # of one weight of a tile while it is solved, beside what is joined later: float32 and the allocator's leftovers
 WHOLE_BYTES = 2.8  # the same where all rows are one tile: several jobs rarely stand at their peaks together
 SEARCH_BYTES = (
     128 << 20
 )  # of a job whose scale serves the whole tensor: temporaries of a chunk while its range is searched
-ROW_BYTES = 10.5  # the same where tiles are written as they are solved, codes and encoding included
+ROW_BYTES = 10.0  # the same where tiles are written as they are solved, codes and encoding included
 TABLE_BYTES = 13.5  # and where codes are looked for in a table
 # bytes of one weight that encoding takes beside the codes, by the dtype of what is stored; U8 (blocks of GGUF and others): the output and .7 more
-ENCODE_BYTES = {"I32": 1.5, "U32": 1.5, "I8": 1.0, "F8_E4M3": 0.0, "F8_E5M2": 0.0, "BF16": 6.0, "F16": 6.0, "F32": 8.0}
+ENCODE_BYTES = {"I32": 2.0, "U32": 0.5, "I8": 1.0, "F8_E4M3": 0.0, "F8_E5M2": 0.0, "BF16": 6.0, "F16": 6.0, "F32": 8.0}
 TURNED_BYTES = 4.0  # where packed words run down the columns (GPTQ): they are packed in a copy that is turned round
 BLOCK_BYTES = 0.7
 MARGIN = 1.15  # how far above its estimate a job may come: a limit must hold all the same
@@ -76,6 +76,8 @@ def encode_bytes(job: Job) -> float:
     dtype, shape = max(job.writes.values(), key=lambda part: data_bytes(*part), default=("U8", ()))
     if dtype == "I32" and len(shape) > 1 and shape[-1] == job.shape[-2] != shape[-2]:
         return TURNED_BYTES * job.numel
+    if dtype == "I32" and len(shape) > 1 and shape[-2] == job.shape[-2]:
+        return job.nbytes  # rows are packed where they are
     if dtype in ENCODE_BYTES:
         return ENCODE_BYTES[dtype] * job.numel
     return job.nbytes + BLOCK_BYTES * job.numel
