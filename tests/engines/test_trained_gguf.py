@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from format_models import PROMPTS, SAMPLE
+from format_models import PROMPTS
 from harness import load_arrays, require_env, run_driver
-from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.engines
 
 
-def two_blocks(place: Path) -> Path:
-    """The sample's first two blocks."""
-    place.mkdir()
-    for file in SAMPLE.iterdir():
-        if file.is_file() and file.suffix != ".safetensors":
-            (place / file.name).write_bytes(file.read_bytes())
-    config = json.loads((SAMPLE / "config.json").read_text()) | {"num_hidden_layers": 2}
-    (place / "config.json").write_text(json.dumps(config))
-    tensors = load_file(SAMPLE / "model.safetensors")
-    kept = {name: t for name, t in tensors.items() if ".layers." not in name or int(name.split(".")[2]) < 2}
-    save_file(kept, place / "model.safetensors", metadata={"format": "pt"})
-    return place
-
-
 @pytest.mark.parametrize("kind", ["q4_0", "q8_0"])
-def test_trained_gguf_in_llama_cpp(kind: str, tmp_path: Path) -> None:
+def test_trained_gguf_in_llama_cpp(kind: str, two_blocks: Path, tmp_path: Path) -> None:
     from fewbit.run.gguf_source import open_gguf_as_checkpoint
     from fewbit.run.training import load_float
     from fewbit.train import Schedule, train_checkpoint
 
     require_env("llamacpp")
-    base = two_blocks(tmp_path / "base")
     schedule = Schedule(steps=3, batch=2, every=3)
-    done = train_checkpoint(base, f"gguf:{kind}", tmp_path / "out", schedule=schedule, samples=8, length=64)
+    done = train_checkpoint(two_blocks, f"gguf:{kind}", tmp_path / "out", schedule=schedule, samples=8, length=64)
     assert done.curve[-1].measures["kl"] <= done.curve[0].measures["kl"] + 1e-3
     (file,) = done.out.glob("*.gguf")
     with open_gguf_as_checkpoint(file) as source:

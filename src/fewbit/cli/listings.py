@@ -96,7 +96,7 @@ def _one_method(row: Any, kind: str, json: bool) -> None:
 def described(row: str, option: str) -> str:
     """What an option of a solver or rewrite does, in one sentence (solve/options.toml)."""
     said = _sentences()
-    shared = said["gptq"] if row in ("learned", "spqr") else {}
+    shared = said["gptq"] if _extends_feedback(row) else {}
     return said.get(row, {}).get(option) or shared.get(option) or said["common"].get(option, "")
 
 
@@ -109,8 +109,14 @@ def _options(row: Any, prefix: bool) -> str:
     """The options of a solver or rewrite with their defaults; those that it shares with the feedback loop are not said again."""
     from fewbit.solve.table import SOLVERS
 
-    shared = SOLVERS["gptq"].options.items()
-    more = prefix or row.name == "gptq" or not set(SOLVERS["gptq"].options) <= set(row.options)
-    own = row.options.items() if more else [item for item in row.options.items() if item not in shared]
+    shared = SOLVERS["gptq"].options.items() if _extends_feedback(row.name) else ()
+    own = [item for item in row.options.items() if item not in shared]
     words = " ".join(f"{f'{row.name}.' if prefix else ''}{name}={value}" for name, value in own)
-    return words if more else f"as gptq, and {words}"
+    return f"as gptq, and {words}" if shared else words
+
+
+def _extends_feedback(name: str) -> bool:
+    """Whether a solver has all options of the feedback loop, and more."""
+    from fewbit.solve.table import SOLVERS
+
+    return name in SOLVERS and set(SOLVERS["gptq"].options) < set(SOLVERS[name].options)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fewbit.base.resident import peak_resident
 from fewbit.cli.output import print_json
 
 if TYPE_CHECKING:
@@ -71,7 +72,6 @@ def _through_llamacpp(
     file: Path, prompt: str, chat: bool, show: bool, options: tuple[int, float, float, int]
 ) -> dict[str, Any]:
     """Text and figures of a GGUF file that llama.cpp runs."""
-    import resource
     import time
 
     from fewbit.runtime.llamacpp import LlamaCpp
@@ -91,7 +91,7 @@ def _through_llamacpp(
     return {
         "text": text,
         **_speed(times, model.prompt_tokens),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_resident(),
         "format": "gguf",
         "dtype": "llama.cpp's own",
         "kernels": {"llama.cpp": 1},
@@ -188,7 +188,6 @@ def _stream(
     module: Any, tokenizer: Any, ids: list[int], stops: set[int], show: bool, options: tuple[int, float, float, int]
 ) -> tuple[str, dict[str, Any]]:
     """Generates, printing text as it comes; the text, and how fast it came."""
-    import resource
     import time
 
     from fewbit.runtime.generate import generate
@@ -207,7 +206,7 @@ def _stream(
     whole = tokenizer.inner.decode(found, skip_special_tokens=True)
     if show:
         print(whole[len(text) :])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_resident()
     return whole, {**_speed(times, len(ids)), "peak_bytes": peak}
 
 

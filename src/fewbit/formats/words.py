@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from fewbit.base.errors import InputError
-from fewbit.num.grid import IntGrid
 from fewbit.num.qtensor import QTensor
 
 if TYPE_CHECKING:
@@ -22,17 +21,8 @@ TORCH_DTYPE: dict[str, torch.dtype] = {
 SAFETENSORS_DTYPE: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 
 
-def unsigned_codes(q: QTensor) -> torch.Tensor:
-    """Integer codes counted from the lowest level: uint8, codes + 2^(bits-1) for signed grids, the codes themselves else."""
-    grid = q.scheme.grid
-    assert isinstance(grid, IntGrid)
-    if not grid.signed:
-        return q.codes
-    return q.codes.view(torch.uint8) + (1 << (grid.bits - 1))  # modulo 256, which is what is wanted
-
-
 def signed_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse for a signed grid: uint8 counted from the lowest level -> int8."""
+    """Codes counted from the lowest level (uint8) as those of a signed grid (int8)."""
     return (codes - (1 << (bits - 1))).view(torch.int8)  # modulo 256, which is what is wanted
 
 

@@ -32,20 +32,18 @@ from fewbit.solve.table import SOLVERS
 BATCH_TOKENS = 4096  # tokens that go through a block at once
 BIG_BLOCK = 64_000_000  # parameters of a block from which weights and hidden states are bfloat16
 SPILL_SHARE = 0.3  # share of the budget that hidden states of rewrites may take before they go to disk
-WIDE = 2  # inputs so many times as wide as the hidden states are made again instead of kept; as in run/passes.py
+WIDE = 2  # inputs so many times as wide as those of the stage before are made again instead of kept
 LOGITS = 1 << 22  # logits at once in the backward pass, at least those of one sequence
 MOST_OUTPUTS = 8192  # a gram of more outputs would outweigh everything else in memory
 MODEL_BYTES = 230 << 20  # transformers, its model without weights, compiled kernels; measured (dev/LOG.md)
 LARGE = 2048  # channels up to which grams are factored in float64
 FACTOR_COPIES = 4  # copies of a gram alive at once while it is factored, beside gram and cross-gram
 WEIGHT_COPIES = 8  # float32 copies of a weight alive at once in the feedback loop
-CONTEXT_BYTES = (
-    700 << 20
-)  # CUDA's context, libraries' kernels and workspaces, gaps between tensors; by public figures, not measured
+# CUDA's context, libraries' kernels and workspaces, gaps between tensors; by public figures, not measured
+CONTEXT_BYTES = 700 << 20
 STAGING_BYTES = 8  # of a weight on its way between disk and device: as stored, and as float32 or as codes being encoded
-ROTATED_COPIES = (
-    8  # of all weights while rotations are learned: true, scaled, turned, rounded, their gradients and temporaries
-)
+# copies of all weights while rotations are learned: true, scaled, turned, rounded, their gradients and temporaries
+ROTATED_COPIES = 8
 ROTATED_LOGITS = 8  # float32 copies of a step's logits: both models', their logarithms and gradients
 LEARNED_COPIES = 10  # the same for learned rounding: master weight, values, gradient, averages, temporaries
 # weights of these roles read the same inputs and are solved at the same time
@@ -191,9 +189,8 @@ def _budget(
     shapes: Shapes, plan: Plan, solved: set[str], workers: int, keep: bool, spill: bool, device: bool = False
 ) -> CalibratedBudget:
     kept = 0
-    if (
-        keep
-    ):  # the widest inputs that are not made again, and the outputs that join the residual stream, of both streams
+    if keep:
+        # the widest inputs that are not made again, and the outputs that join the residual stream, of both streams
         widths = [job.shape[-1] for jobs in shapes.blocks for job in jobs if len(job.shape) > 1]
         widest = max((width for width in widths if width < WIDE * shapes.hidden), default=0)
         kept = (shapes.samples + shapes.drift) * shapes.length * (widest + shapes.hidden) * shapes.itemsize

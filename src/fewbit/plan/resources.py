@@ -22,9 +22,8 @@ TILE_WEIGHTS = 1 << 23
 COPY_BUFFER = 1 << 25
 TILE_BYTES = 3.0  # of one weight of a tile while it is solved, beside what is joined later: float32 and the allocator's leftovers
 WHOLE_BYTES = 2.8  # the same where all rows are one tile: several jobs rarely stand at their peaks together
-SEARCH_BYTES = (
-    128 << 20
-)  # of a job whose scale serves the whole tensor: temporaries of a chunk while its range is searched
+# of a job whose scale serves the whole tensor: temporaries of a chunk while its range is searched
+SEARCH_BYTES = 128 << 20
 ROW_BYTES = 10.0  # the same where tiles are written as they are solved, codes and encoding included
 TABLE_BYTES = 13.5  # and where codes are looked for in a table
 # bytes of one weight that encoding takes beside the codes, by the dtype of what is stored; U8 (blocks of GGUF and others): the output and .7 more

@@ -212,9 +212,8 @@ class _Run:
         """Runs data-free groups on worker threads; the first failure stops the rest."""
         pending: set[Future[None]] = set()
         large = sum(group.job.numel for group in todo) / LONG_SHARE
-        queue = iter(
-            sorted(todo, key=lambda group: group.job.numel < large)
-        )  # else the largest may be all that is left at the end
+        # the large first: else one of them may be all that is left at the end
+        queue = iter(sorted(todo, key=lambda group: group.job.numel < large))
         with torch_threads(self.room.workers), ThreadPoolExecutor(max_workers=self.room.workers) as pool:
             try:
                 while True:

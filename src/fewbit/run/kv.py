@@ -9,7 +9,6 @@ are found, so a killed run goes on with the same. Where a scale lies in a checkp
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +20,9 @@ from fewbit.base.manifest import Manifest, TensorInfo
 from fewbit.base.names import stem
 from fewbit.num.grid import E4M3
 from fewbit.num.qtensor import QTensor
-from fewbit.plan.calibrated import SPILL_SHARE
 from fewbit.plan.recipe import Recipe
-from fewbit.run.acts import ActStore
 from fewbit.run.source import Source
-from fewbit.run.start import batch_size, block_model, fill, text_for
+from fewbit.run.start import block_model, float_states, text_for
 
 if TYPE_CHECKING:
     from fewbit.run.engine import _Run
@@ -114,23 +111,14 @@ def _walk(source: KvSource, run: _Run) -> Any:
         return
     model = block_model(source.inner, run.settings.device)
     tokens = text_for(source.inner, run.plan.recipe, sink).tokens
-    batch = batch_size(tokens)
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        trunk = model.load_trunk(source.inner.read)
-        entry = model.enter(trunk, tokens[:batch])
-        width = entry.hidden.shape[-1]
-        spill = width * tokens.numel() * model.dtype.itemsize > SPILL_SHARE * run.settings.ram
-        store = ActStore((*tokens.shape, width), model.dtype, batch, sink.scratch / "acts-kv.live" if spill else None)
-        stack.callback(store.close)
-        fill(model, trunk, tokens, [store])
-        del trunk
+    with torch.no_grad(), float_states(model, source.inner.read, tokens, run, "kv") as (store, kwargs):
         for index in range(todo[-1] + 1):
             seen = _Ranges()
             params = model.load_block(index, source.inner.read)
             for number in range(len(store)):
                 run._check_stop()
                 hidden = store.get(number).to(model.device)
-                arguments = model.arguments(_with_cache(entry.kwargs[index], seen), batch, hidden.shape[0])
+                arguments = model.arguments(_with_cache(kwargs[index], seen), store.batch, hidden.shape[0])
                 store.put(number, model.run_block(index, params, hidden, arguments))
             if index in todo and seen.updates:
                 yield index, seen.largest

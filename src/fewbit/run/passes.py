@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from fewbit.plan.calibrated import WIDE
 from fewbit.run.acts import ActStore
 from fewbit.run.hf import Params
 from fewbit.run.lanes import in_lanes
 from fewbit.run.observe import Observer, StopForward, Use
 from fewbit.run.stages import Block, Stage
 
-WIDE = 2  # times the width of the inputs of the stage before
 Run = Callable[[torch.Tensor], torch.Tensor]
 """A block with its parameters and arguments, on hidden states [sequences, length, width]."""
 
@@ -207,7 +207,7 @@ def _like(func: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None
     if key not in _LIKE:
         try:
             found = func(*tree_map(_shell, args), **tree_map(_shell, kwargs))
-        except (RuntimeError, NotImplementedError):
+        except RuntimeError:  # no kernel for tensors without data: the product is computed after all
             found = None
         if len(_LIKE) >= 4096:
             _LIKE.clear()

@@ -6,7 +6,6 @@ on them; a resumed walk gives every block the same inputs and finds the same sca
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,9 @@ from fewbit.arch.rewrite_spaces import End, Space
 from fewbit.arch.rewrite_table import needs_of, options_of
 from fewbit.arch.smooth import smooth_scales
 from fewbit.math.stats import Stats
-from fewbit.plan.calibrated import SPILL_SHARE
 from fewbit.run.acts import ActStore
 from fewbit.run.observe import Observer, Use
-from fewbit.run.start import batch_size, block_model, fill, text_for
+from fewbit.run.start import batch_size, block_model, float_states, text_for
 from fewbit.solve.table import SOLVERS
 
 if TYPE_CHECKING:
@@ -54,8 +52,8 @@ class Walk:
         todo = [index for index in range(len(self.model)) if index not in self.done]
         if not todo:
             return
-        with contextlib.ExitStack() as stack, torch.no_grad():
-            store, kwargs = self._enter(stack)
+        states = float_states(self.model, self.source.read_rotated, self.tokens, self.run, "rewrites")
+        with torch.no_grad(), states as (store, kwargs):
             for index in range(todo[-1] + 1):
                 stats = self._pass(index, store, kwargs[index], observe=index not in self.done)
                 if index not in self.done:
@@ -63,20 +61,6 @@ class Walk:
                 self.run.settings.on_event(
                     {"event": "note", "text": f"rewrites: block {index + 1} of {len(self.model)}"}
                 )
-
-    def _enter(self, stack: contextlib.ExitStack) -> tuple[ActStore, list[dict[str, Any]]]:
-        trunk = self.model.load_trunk(self.source.read_rotated)
-        entry = self.model.enter(trunk, self.tokens[: self.batch])
-        shape = (*self.tokens.shape, entry.hidden.shape[-1])
-        spill = (
-            entry.hidden.shape[-1] * self.tokens.numel() * self.model.dtype.itemsize
-            > SPILL_SHARE * self.run.settings.ram
-        )
-        path = self.run.sinks[0].scratch / "acts-rewrites.live" if spill else None
-        store = ActStore(shape, self.model.dtype, self.batch, path)
-        stack.callback(store.close)
-        fill(self.model, trunk, self.tokens, [store])
-        return store, entry.kwargs
 
     # ---- statistics
 

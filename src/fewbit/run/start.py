@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fewbit.base.errors import InputError
-from fewbit.plan.calibrated import BATCH_TOKENS, is_big
+from fewbit.plan.calibrated import BATCH_TOKENS, SPILL_SHARE, is_big
 from fewbit.run.acts import ActStore
 from fewbit.run.calib import Calibration, calibration
-from fewbit.run.hf import BlockModel, Params
+from fewbit.run.hf import BlockModel, Params, Read
 from fewbit.run.lanes import LANES
 from fewbit.run.source import Source
 
 if TYPE_CHECKING:
+    from fewbit.run.engine import _Run
     from fewbit.run.sinks import Sink
 
 
@@ -66,6 +69,28 @@ def _vocabulary(source: Source) -> int:
 def batch_size(tokens: torch.Tensor, lanes: int = 1) -> int:
     """Sequences that are run at once in a lane: some `BATCH_TOKENS` tokens in all lanes."""
     return min(tokens.shape[0], max(1, BATCH_TOKENS // lanes // tokens.shape[1]))
+
+
+@contextmanager
+def float_states(
+    model: BlockModel, read: Read, tokens: torch.Tensor, run: _Run, name: str
+) -> Iterator[tuple[ActStore, list[dict[str, Any]]]]:
+    """A text on its way through the float model: (hidden states before block 0, each block's arguments for the first batch).
+
+    Hidden states go to a file `acts-NAME.live` of the run's scratch folder where they would take too much of --ram.
+    """
+    trunk, batch = model.load_trunk(read), batch_size(tokens)
+    entry = model.enter(trunk, tokens[:batch])
+    width = entry.hidden.shape[-1]
+    spill = width * tokens.numel() * model.dtype.itemsize > SPILL_SHARE * run.settings.ram
+    path = run.sinks[0].scratch / f"acts-{name}.live" if spill else None
+    store = ActStore((*tokens.shape, width), model.dtype, batch, path)
+    try:
+        fill(model, trunk, tokens, [store])
+        del trunk
+        yield store, entry.kwargs
+    finally:
+        store.close()
 
 
 def fill(model: BlockModel, trunk: Params, tokens: torch.Tensor, stores: list[ActStore]) -> None:

@@ -24,34 +24,19 @@ SCHEMES = {"compressed-tensors": "int8-channel", "fp8": "fp8-e4m3-block128", "mo
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample's first two blocks."""
-    place = tmp_path_factory.mktemp("small")
-    for file in SAMPLE.iterdir():
-        if file.suffix != ".safetensors" and file.is_file():
-            (place / file.name).write_bytes(file.read_bytes())
-    config = json.loads((SAMPLE / "config.json").read_text()) | {"num_hidden_layers": 2}
-    (place / "config.json").write_text(json.dumps(config))
-    tensors = load_file(SAMPLE / "model.safetensors")
-    kept = {name: t for name, t in tensors.items() if ".layers." not in name or int(name.split(".")[2]) < 2}
-    save_file(kept, place / "model.safetensors", metadata={"format": "pt"})
-    return place
-
-
-@pytest.fixture(scope="module")
-def outputs(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def outputs(two_blocks: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One run with all formats that store them, and one that cannot."""
     targets = [f"{form}:{scheme}" for form, scheme in SCHEMES.items()] + ["mlx:uint4-g64-min"]
-    result = api.quantize(small, to=targets, out=tmp_path_factory.mktemp("out") / "all", **SHORT)
+    result = api.quantize(two_blocks, to=targets, out=tmp_path_factory.mktemp("out") / "all", **SHORT)
     assert [warning for warning in result.warnings if "no place" in warning], result.warnings
     return dict(zip([*SCHEMES, "mlx"], result.outputs, strict=True))
 
 
 @pytest.fixture(scope="module")
-def expected(small: Path) -> dict[str, float]:
+def expected(two_blocks: Path) -> dict[str, float]:
     """Largest magnitudes in a real cache after the same text, over 448."""
-    tokens = calibration("default", small, 3, 64, 0, 8192).tokens
-    model = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32).eval()
+    tokens = calibration("default", two_blocks, 3, 64, 0, 8192).tokens
+    model = AutoModelForCausalLM.from_pretrained(two_blocks, dtype=torch.float32).eval()
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(tokens, past_key_values=cache, use_cache=True)
@@ -81,9 +66,9 @@ def test_configs_say_so(outputs: dict[str, Path]) -> None:
     assert not any("k_scale" in name for name in load_file(outputs["mlx"] / "model.safetensors"))
 
 
-def test_verified_and_converted(small: Path, outputs: dict[str, Path], tmp_path: Path) -> None:
+def test_verified_and_converted(two_blocks: Path, outputs: dict[str, Path], tmp_path: Path) -> None:
     for place in outputs.values():
-        assert verify(place, small).ok, place
+        assert verify(place, two_blocks).ok, place
     done = convert(outputs["compressed-tensors"], "modelopt:fp8-e4m3-channel", tmp_path / "m", allow_lossy=True)
     back = convert(done.out, "compressed-tensors", tmp_path / "c", allow_lossy=True)
     first, last = (load_file(place / "model.safetensors") for place in (outputs["compressed-tensors"], back.out))
