@@ -47,6 +47,7 @@ class Verified:
         findings: everything that is wrong; empty when all is well.
         compared: every weight held against its source, worst first; empty without a base.
         notes: what could not be checked and why.
+        warnings: what is as it was made, and not as anyone would want it.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class Verified:
     findings: tuple[Finding, ...] = ()
     compared: tuple[Compared, ...] = ()
     notes: tuple[str, ...] = field(default_factory=tuple)
+    warnings: tuple[str, ...] = field(default_factory=tuple)
 
     @property
     def ok(self) -> bool:
@@ -67,11 +69,11 @@ class Verified:
 
     @property
     def summary(self) -> str:
-        """One line when all is well, one line per finding when not."""
-        if self.findings:
-            return "\n".join(f"{finding.kind}: {finding.tensor} {finding.message}" for finding in self.findings)
+        """One line when all is well, one line per finding when not; then the warnings."""
         against = f", {len(self.compared)} held against their source" if self.compared else ""
-        return f"{self.tensors} tensors finite, {self.weights} weights decoded{against}"
+        lines = [f"{finding.kind}: {finding.tensor} {finding.message}" for finding in self.findings]
+        lines = lines or [f"{self.tensors} tensors finite, {self.weights} weights decoded{against}"]
+        return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
 
     def require(self) -> None:
         """Raise unless all is well.

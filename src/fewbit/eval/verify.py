@@ -8,14 +8,12 @@ checked on the stored tensors:
     finite     every stored number, every decoded weight                 codes      within their grid, scales that are not zero
     source     with a base: every tensor is there, and its signal to noise is what its scheme gives by plain rounding
 
-The comparison with the base has two nets. Over a whole tensor, noise may exceed that of plain rounding by MARGIN_DB. Within it, each block of
-columns of a row is held against the same noise, which finds a few swapped or damaged scales that the whole would hide.
+How weights are held against the base is in `likeness.py`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -26,20 +24,16 @@ import torch
 
 from fewbit.base.errors import FewbitError
 from fewbit.eval.completeness import skipped
-from fewbit.eval.findings import Compared, Finding, Findings, Verified
+from fewbit.eval.findings import Finding, Findings, Verified
+from fewbit.eval.likeness import Likeness, calibrated_tokens
 from fewbit.formats.kinds import kv_scale
-from fewbit.math.metrics import sqnr_db
-from fewbit.math.scales import Search, quantize
 from fewbit.num.grid import IntGrid
 from fewbit.num.qtensor import QTensor, expand, values_of
 from fewbit.num.scheme import Scheme, parse_scheme
 from fewbit.run.kv import WHICH, attentions
 from fewbit.run.source import Source, open_source
 
-MARGIN_DB = 6.0  # calibrated rounding trades some of a weight's own error for that of the outputs
-KEPT_DB = 40.0  # a tensor that was kept is at most cast to a 16-bit dtype
 TILE = 1 << 24  # weights of a matrix that are compared at once
-SAMPLE_ROWS = 64
 MANIFEST_NAME = "fewbit-manifest.json"
 
 
@@ -100,12 +94,12 @@ def _verify(place: Path, source: Source, base: Source | None, limit: int) -> Ver
     _check_cache(source, found)
     _check_manifest(source, written, found)
     held = source.format.container if source.format else "safetensors"
-    compared: list[Compared] = []
+    like = Likeness(found, calibrated_tokens(written))
     comparable = None
     if (
         held == "gguf" and base is not None and source.manifest.keys().isdisjoint(base.manifest)
     ):  # not a GGUF made of a GGUF
-        compared += _compare_gguf(source, base, notes, found)
+        _compare_gguf(source, base, notes, like)
     else:
         comparable = _comparable(source, base, written, notes)
     dequantised = written.get("schemes") or {} if source.format is None else {}
@@ -114,17 +108,15 @@ def _verify(place: Path, source: Source, base: Source | None, limit: int) -> Ver
         _check_finite(name, tensor, found)
         if comparable is not None and name in comparable.manifest:
             if name in dequantised:
-                compared.append(
-                    _compare(name, parse_scheme(dequantised[name]), tensor.float(), comparable.read(name), found)
-                )
+                like.hold(name, parse_scheme(dequantised[name]), tensor.float(), comparable.read(name))
             else:
-                _compare_kept(name, tensor, comparable.read(name), found)
+                like.hold_kept(name, tensor, comparable.read(name))
     for name in source.stored:
         for q in _pieces(source, name, found):
             values = q.dequantize()
             sound = _check_codes(name, q, values, found)
             if sound and comparable is not None and name in comparable.manifest:
-                compared.append(_compare(name, q.scheme, values, comparable.read(name), found))
+                like.hold(name, q.scheme, values, comparable.read(name))
     if comparable is not None:
         _check_names(source, comparable, found)
     return Verified(
@@ -133,8 +125,9 @@ def _verify(place: Path, source: Source, base: Source | None, limit: int) -> Ver
         tensors=len(source.checkpoint.manifest),
         weights=len(source.stored),
         findings=tuple(found.items),
-        compared=tuple(sorted(compared, key=lambda one: one.sqnr_db - one.expected_db)),
+        compared=tuple(sorted(like.compared, key=lambda one: one.sqnr_db - one.expected_db)),
         notes=tuple(notes),
+        warnings=like.warnings(),
     )
 
 
@@ -271,7 +264,7 @@ def _comparable(source: Source, base: Source | None, written: dict[str, Any], no
     return base
 
 
-def _compare_gguf(source: Source, base: Source, notes: list[str], found: Findings) -> list[Compared]:
+def _compare_gguf(source: Source, base: Source, notes: list[str], like: Likeness) -> None:
     """The weights of a GGUF file, brought back under their checkpoint's names and layouts, against the base."""
     from fewbit.run.gguf_source import GgufAsCheckpoint
 
@@ -279,38 +272,29 @@ def _compare_gguf(source: Source, base: Source, notes: list[str], found: Finding
         logical = GgufAsCheckpoint(source)
     except FewbitError as error:
         notes.append(f"values were not compared: {error.message}")
-        return []
-    compared = []
+        return
     for name, info in base.manifest.items():
         if name not in logical.manifest:
             if kv_scale(name) is None and not name.endswith(("rotary_emb.inv_freq", "attn.bias", "masked_bias")):
-                found.add("source", name, "is in the base and not here")
+                like.found.add("source", name, "is in the base and not here")
             continue
         block = logical.made_of(name)
         if block in source.stored and len(info.shape) > 1:
-            compared.append(_compare_tiles(name, source.stored[block].scheme, logical, base, found))
+            _compare_tiles(name, source.stored[block].scheme, logical, base, like)
         else:
-            _compare_kept(name, logical.read(name), base.read(name), found)
-    return compared
+            like.hold_kept(name, logical.read(name), base.read(name))
 
 
-def _compare_tiles(name: str, scheme: Scheme, logical: Source, base: Source, found: Findings) -> Compared:
-    """`_compare`, a large matrix in tiles of rows; signal and noise add up over them."""
+def _compare_tiles(name: str, scheme: Scheme, logical: Source, base: Source, like: Likeness) -> None:
+    """One weight of a GGUF; a large matrix in tiles of rows."""
     shape = base.manifest[name].shape
     step = shape[0] if len(shape) != 2 or base.manifest[name].numel <= TILE else max(1, TILE // shape[1])
     if step >= shape[0] or logical.manifest[name].shape != shape:
-        return _compare(name, scheme, logical.read(name).float(), base.read(name), found)
-    signal = noise = 0.0
-    expected = []
-    for start in range(0, shape[0], step):
-        stop = min(start + step, shape[0])
-        original = base.read_rows(name, start, stop).float()
-        one = _compare(name, scheme, logical.read_rows(name, start, stop).float(), original, found)
-        energy = float(original.double().square().sum())
-        signal, noise = signal + energy, noise + energy * 10 ** (-one.sqnr_db / 10)
-        expected.append(one.expected_db)
-    ratio = 10 * math.log10(signal / noise) if signal and noise else math.inf
-    return Compared(name, str(scheme), ratio, sum(expected) / len(expected))
+        like.hold(name, scheme, logical.read(name).float(), base.read(name))
+        return
+    ends = ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+    rows = ((logical.read_rows(name, *pair).float(), base.read_rows(name, *pair).float()) for pair in ends)
+    like.hold_tiles(name, scheme, rows)
 
 
 def _check_names(source: Source, base: Source, found: Findings) -> None:
@@ -325,53 +309,3 @@ def _check_names(source: Source, base: Source, found: Findings) -> None:
                 found.add("source", name, "is in the base and not here")
         elif name not in source.stored and source.manifest[name].shape != info.shape:
             found.add("source", name, f"has shape {list(source.manifest[name].shape)}, the base {list(info.shape)}")
-
-
-def _compare_kept(name: str, tensor: torch.Tensor, original: torch.Tensor, found: Findings) -> None:
-    if tensor.shape != original.shape or not tensor.dtype.is_floating_point:
-        return
-    ratio = sqnr_db(original.float(), tensor.float())
-    if not ratio >= KEPT_DB and bool((original != 0).any()):
-        found.add("source", name, f"was kept and differs from the base by {ratio:.1f} dB (a cast leaves {KEPT_DB:.0f})")
-
-
-def _compare(name: str, scheme: Scheme, values: torch.Tensor, original: torch.Tensor, found: Findings) -> Compared:
-    """Signal to noise of one weight, over the whole and block by block, against what plain rounding gives."""
-    original = original.float()
-    if values.shape != original.shape:
-        found.add("source", name, f"has shape {list(values.shape)}, the base {list(original.shape)}")
-        return Compared(name, str(scheme), -math.inf, math.nan)
-    rows = original.reshape(-1, original.shape[-1])
-    chosen = torch.linspace(0, rows.shape[0] - 1, min(SAMPLE_ROWS, rows.shape[0])).round().long()
-    expected = expected_db(scheme, rows[chosen])
-    ratio = sqnr_db(original, values)
-    if ratio < expected - MARGIN_DB:
-        found.add("source", name, f"has {ratio:.1f} dB signal to noise, {scheme} gives about {expected:.1f}")
-    elif math.isfinite(expected):
-        bad, worst = _bad_blocks(rows, values.reshape(rows.shape), expected)
-        if bad:
-            found.add(
-                "source",
-                name,
-                f"{bad} block(s) are far off, the worst in row {worst[0]}, columns {worst[1]} on: damaged or swapped scales",
-            )
-    return Compared(name, str(scheme), ratio, expected)
-
-
-def expected_db(scheme: Scheme, rows: torch.Tensor) -> float:
-    """Signal to noise in dB that plain rounding with this scheme gives for some rows of a weight, float32 [n, cols]."""
-    try:
-        return sqnr_db(rows, quantize(scheme.weights_only, rows, search=Search(method="absmax")).dequantize())
-    except FewbitError:  # no plain rounding is known for this grid: a bit is worth four to six decibels
-        return 4.0 * float(scheme.grid.bits) / scheme.grid.dim
-
-
-def _bad_blocks(rows: torch.Tensor, values: torch.Tensor, expected: float) -> tuple[int, tuple[int, int]]:
-    """Blocks [row, 32 columns] whose error is both far above rounding noise and as large as their content: (count, worst position)."""
-    width = 32 if rows.shape[-1] % 32 == 0 else rows.shape[-1]
-    content = rows.unflatten(-1, (-1, width)).square().mean(-1)
-    error = (rows - values).unflatten(-1, (-1, width)).square().mean(-1)
-    noise = rows.square().mean() * 10 ** (-expected / 10)
-    bad = (error > 64 * noise) & (error > content)
-    position = int(torch.where(bad, error, torch.zeros_like(error)).argmax())
-    return int(bad.sum()), (position // error.shape[-1], position % error.shape[-1] * width)

@@ -328,3 +328,47 @@ def test_damaged_gguf_blocks(gguf: tuple[Path, Path], tmp_path: Path) -> None:
     data[offset : offset + 2] = b"\x00\x4c"  # sixteen: finite, and far from what it was
     (tmp_path / "wrong.gguf").write_bytes(data)
     assert [f.kind for f in verify(tmp_path / "wrong.gguf", sample).findings] == ["source"]
+
+
+def noisy(folder: Path, base: Path, level: float, tokens: int, method: str = "gptq") -> tuple[Path, Path]:
+    """(a checkpoint that says what it was calibrated on, a base that its weights miss by noise of `level` times their size)."""
+    generator, other = torch.Generator().manual_seed(3), load_file(base / "model.safetensors")
+    for name, tensor in other.items():
+        if ".layers." in name and tensor.dim() == 2:
+            noise = torch.randn(tensor.shape, generator=generator) * tensor.float().square().mean().sqrt()
+            other[name] = (tensor.float() + level * noise).to(tensor.dtype)
+    write(folder / "base", other, CONFIG)
+    write(folder / "out", *quantised("gptq", "int4-g32"))
+    recipe = {"method": method, "calib_samples": tokens // 64, "calib_length": 64}
+    (folder / "out" / "fewbit-manifest.json").write_text(json.dumps({"recipe": recipe}))
+    return folder / "out", folder / "base"
+
+
+def test_few_tokens_of_calibration_are_a_warning(base: Path, tmp_path: Path) -> None:
+    found = verify(*noisy(tmp_path, base, 0.3, 128))
+    assert found.ok, found.findings
+    (warning,) = found.warnings
+    assert "18 of 18 weights" in warning and "128 tokens" in warning and "--calib-samples" in warning
+    assert found.summary.endswith(f"\nwarning: {warning}") and found.record()["warnings"] == [warning]
+
+
+@pytest.mark.parametrize(
+    ("level", "tokens", "method"),
+    [(0.3, 65536, "gptq"), (0.3, 128, "rtn"), (1.5, 128, "gptq"), (0.3, 128, "no such method")],
+)
+def test_noise_that_few_tokens_do_not_explain(
+    level: float, tokens: int, method: str, base: Path, tmp_path: Path
+) -> None:
+    found = verify(*noisy(tmp_path, base, level, tokens, method))
+    assert {f.kind for f in found.findings} == {"source"} and len(found.findings) == 18 and not found.warnings
+
+
+def test_damaged_block_of_a_noisy_weight(base: Path, tmp_path: Path) -> None:
+    """Few tokens excuse noise, not one wrong scale."""
+    out, other = noisy(tmp_path, base, 0.3, 128)
+    tensors = load_file(out / "model.safetensors")
+    tensors[f"{Q}.scales"][1, 5] *= 8
+    save_file(tensors, out / "model.safetensors")
+    found = verify(out, other)
+    assert [f.tensor for f in found.findings] == [f"{Q}.weight"], found.findings
+    assert "far off" in found.findings[0].message
