@@ -47,6 +47,7 @@ def about(source: Any) -> dict[str, Any]:
             "made_by": f"fewbit {listed['fewbit']}" if "fewbit" in listed else None,
             "made_from": listed.get("source"),
             "command": command(listed) if recipe else None,
+            "training": training(listed),
             "hashes": {name: facts.get("sha256") for name, facts in listed.get("files", {}).items()},
             "warnings": list(checkpoint.warnings),
         }
@@ -76,8 +77,20 @@ def manifest_of(root: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def training(listed: dict[str, Any]) -> dict[str, Any] | None:
+    """How `fewbit train` came to the weights: its settings, and the points of its curve that can be drawn; None for what was not trained."""
+    found = listed.get("training")
+    if not isinstance(found, dict) or not isinstance(found.get("curve"), list):
+        return None
+    points = [point for point in found["curve"] if isinstance(point, dict)]
+    numbers = [point for point in points if all(isinstance(point.get(key), (int, float)) for key in ("step", "kl"))]
+    return {**found, "curve": numbers} if numbers else None
+
+
 def command(listed: dict[str, Any]) -> str:
     """The command line that makes such an output again."""
+    if isinstance(listed.get("training"), dict) and listed["training"].get("command"):
+        return str(listed["training"]["command"])
     recipe = listed["recipe"]
     words = [
         "fewbit",

@@ -186,29 +186,32 @@ def bars(rows: Sequence[tuple[str, float, str]], label: str) -> str:
     return svg(12 + len(rows) * step, body, label)
 
 
-def curves(series: Sequence[tuple[str, Sequence[float]]], label: str, x_label: str) -> str:
-    """Lines over 0, 1, 2 …, from zero up."""
+def curves(
+    series: Sequence[tuple[str, Sequence[float]]], label: str, x_label: str, over: Sequence[float] | None = None
+) -> str:
+    """Lines from zero up, over ascending numbers; over 0, 1, 2 … without them."""
     series = [item for item in series if item[1]]
     if not series:
         return ""
     height = 240
     count = max(len(values) for _, values in series)
     top = max(max(values) for _, values in series) * 1.08 or 1.0
+    over = range(count) if over is None else over
+    first, wide = over[0], over[count - 1] - over[0] or 1
 
     def at(index: int, value: float) -> tuple[float, float]:
-        return LEFT + index / max(1, count - 1) * (WIDTH - LEFT - RIGHT - 20), height - BOTTOM - value / top * (
-            height - TOP - BOTTOM
-        )
+        x = LEFT + (over[index] - first) / wide * (WIDTH - LEFT - RIGHT - 20)
+        return x, height - BOTTOM - value / top * (height - TOP - BOTTOM)
 
     body = [line(LEFT, at(0, tick)[1], WIDTH - RIGHT, at(0, tick)[1], "grid") for tick in ticks(0, top, 5)]
     body += [text(LEFT - 8, at(0, tick)[1] + 4, f"{tick:g}", "tick", "end") for tick in ticks(0, top, 5)]
-    body += [text(at(i, 0)[0], height - BOTTOM + 18, f"{i}") for i in range(count) if count <= 24 or i % 4 == 0]
+    body += [text(at(i, 0)[0], height - BOTTOM + 18, f"{over[i]:g}") for i in range(count) if count <= 24 or i % 4 == 0]
     body += [text(WIDTH / 2, height - 6, x_label, "axis-name")]
     for index, (name, values) in enumerate(series):
         points = " ".join("{:.1f},{:.1f}".format(*at(i, value)) for i, value in enumerate(values))
         body.append(f'<polyline points="{points}" class="curve c{index % 8}"/>')
         body += [
-            f'<circle cx="{at(i, v)[0]:.1f}" cy="{at(i, v)[1]:.1f}" r="3" class="dot c{index % 8}"><title>{escape(name)}, {i}: {v:.4g}</title></circle>'
+            f'<circle cx="{at(i, v)[0]:.1f}" cy="{at(i, v)[1]:.1f}" r="3" class="dot c{index % 8}"><title>{escape(name)}, {over[i]:g}: {v:.4g}</title></circle>'
             for i, v in enumerate(values)
         ]
         body.append(text(LEFT + 12, TOP + 12 + 16 * index, name, f"label t{index % 8}", "start"))

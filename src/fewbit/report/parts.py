@@ -71,6 +71,8 @@ def sections(record: Record) -> list[dict[str, Any]]:
     for name, tokens in record.get("damaged", {}).items():
         made.append(_damaged(name, tokens))
     made += [_table_section(record, key, title) for key, title in EXTRA if key in record]
+    trained = {item["name"]: item["facts"]["training"] for item in record["scores"] if item["facts"].get("training")}
+    made += [_training(name, found) for name, found in trained.items()]
     return [*made, _making(record), _method(record)]
 
 
@@ -307,6 +309,18 @@ def _table_section(record: Record, key: str, title: str) -> dict[str, Any]:
     found = record[key]
     rows = [[_cell(cell) if isinstance(cell, Mapping) else cell for cell in row] for row in found["rows"]]
     return _section(title, _table(found["heads"], rows), note=found.get("note", ""))
+
+
+def _training(name: str, found: Record) -> dict[str, Any]:
+    """The curve that `fewbit train` recorded."""
+    points = found["curve"]
+    first, last = points[0]["kl"], points[-1]["kl"]
+    won = f"{1 - last / first:.0%} of it is gone" if 0 <= last < first else "nothing was won"
+    drawn = charts.curves(
+        [("KL, nats", [point["kl"] for point in points])], "KL while training", "updates", [p["step"] for p in points]
+    )
+    note = f"On windows set aside from the training text: KL {first:.5f} before the first update, {last:.5f} after {points[-1]['step']:,}; {won}."
+    return _section(f"Training of {short(name)}", _chart(drawn, "KL against the float model", note))
 
 
 def _making(record: Record) -> dict[str, Any]:

@@ -66,6 +66,7 @@ def export(
     out: str | Path,
     *,
     overwrite: bool = False,
+    training: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes trained weights as a checkpoint; everything else is copied from the source.
 
@@ -75,6 +76,7 @@ def export(
         source: the float checkpoint that the model was made from.
         to: name of a format, or a GGUF type: `compressed-tensors`, `gguf:q4_k`.
         out: folder to write.
+        training: how it was trained, plain data for `fewbit-manifest.json`; `curve`, records of points with a `kl`, is what a report draws.
 
     Returns:
         Where it lies.
@@ -103,7 +105,7 @@ def export(
                 sink.copy(job, trained)
             else:
                 sink.put(job, _answer(job, answers))
-        return sink.finish(_record(plan, source))
+        return sink.finish(_record(plan, source, training))
     finally:
         sink.close()
 
@@ -176,7 +178,7 @@ def _first(q: Any) -> Any:
     return QTensor(q.scheme, q.shape[1:], q.codes[0], **parts)
 
 
-def _record(plan: Plan, source: Source) -> dict[str, Any]:
+def _record(plan: Plan, source: Source, training: Mapping[str, Any] | None) -> dict[str, Any]:
     """What `fewbit-manifest.json` says."""
     return {
         "fewbit": fewbit.__version__,
@@ -184,6 +186,7 @@ def _record(plan: Plan, source: Source) -> dict[str, Any]:
         "source_fingerprint": source.fingerprint(),
         "recipe": plan.recipe,
         "trained": True,
+        **({"training": dict(training)} if training is not None else {}),
     }
 
 

@@ -10,8 +10,9 @@ What the format will hold decides what is trained: scales in its dtype, norms in
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -127,12 +128,36 @@ def train_checkpoint(
             skip=[f"re:^{re.escape(t.name)}$" for t in find_targets(student) if t.name not in names],
             floats=_float_grid(source),
         )
-        curve = _learn(student, teacher, found.tokens, schedule, rates or RATES[recipe], on_point)
+        rates = rates or RATES[recipe]
+        curve = _learn(student, teacher, found.tokens, schedule, rates, on_point)
+        used = schedule.steps * schedule.batch * length
+        settings = {"recipe": recipe, "rates": list(rates), **asdict(schedule)}
+        data = {"start": None if start is None else str(start), "text": text, "samples": samples, "length": length}
         place = export(
-            qtensors(student), trained_floats(student), source, to.partition(":")[0], out, overwrite=overwrite
+            qtensors(student),
+            trained_floats(student),
+            source,
+            to.partition(":")[0],
+            out,
+            overwrite=overwrite,
+            training={
+                **settings,
+                **data,
+                "tokens": used,
+                "command": _command(path, to, settings, data),
+                "curve": [point.record() for point in curve],
+            },
         )
-    used = schedule.steps * schedule.batch * length
     return Trained(place, str(scheme), prepared, tuple(curve), used, found.warnings)
+
+
+def _command(path: str | Path, to: str, settings: dict[str, Any], data: dict[str, Any]) -> str:
+    """The command line that trains so again."""
+    flags = {"start": data["start"], **{key: settings[key] for key in ("recipe", "steps", "batch", "seed")}}
+    flags |= {"lr": settings["rates"][0], "scale-lr": settings["rates"][1]}
+    flags |= {key: data[key] for key in ("text", "samples", "length")}
+    words = [f"--{key} {shlex.quote(str(value))}" for key, value in flags.items() if value is not None]
+    return " ".join(["fewbit train", shlex.quote(str(path)), "--to", shlex.quote(to), *words, "-o OUT"])
 
 
 def _learn(

@@ -18,6 +18,7 @@ from torch import nn
 from fewbit.base.errors import InputError
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
+PIECE = 1 << 19  # logits that are looked at together: two megabytes stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def train(
         )
     groups = [dict(group) for group in groups] if groups else [{"params": params, "lr": schedule.lr}]
     peaks = [group.get("lr", schedule.lr) for group in groups]
-    optimiser = torch.optim.AdamW(groups, lr=schedule.lr, weight_decay=0.0, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(groups, lr=schedule.lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
     curve = _Curve(student, evaluate, on_point)
     curve.add(0, float("nan"))
     order = batches(tokens.shape[0], schedule.batch, schedule.seed)
@@ -169,11 +170,43 @@ def loss_of(student: nn.Module, teacher: nn.Module | None, tokens: torch.Tensor,
         loss = loss + labels * nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     if teacher is not None and labels < 1:
         with torch.no_grad():
-            wanted = torch.log_softmax(teacher(tokens, use_cache=False).logits.float() / schedule.temperature, -1)
-        found = torch.log_softmax(logits / schedule.temperature, -1)
-        kl = nn.functional.kl_div(found.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
+            wanted = teacher(tokens, use_cache=False).logits.float()
+        kl = divergence(logits.flatten(0, 1), wanted.flatten(0, 1), schedule.temperature)
         loss = loss + (1 - labels) * schedule.temperature**2 * kl
     return loss
+
+
+class _Divergence(torch.autograd.Function):
+    """Mean KL between two softmaxes and, found on the same way, its gradient softmax(q) - p: no distribution is kept whole."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, wanted: torch.Tensor, temperature: float) -> torch.Tensor:
+        rows = max(1, PIECE // max(1, logits.shape[-1]))
+        slope = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        total = logits.new_zeros(())
+        for i in range(0, logits.shape[0], rows):
+            q, p = (torch.log_softmax(x[i : i + rows] / temperature, -1) for x in (logits, wanted))
+            share = p.exp()
+            total += torch.dot(share.flatten(), p.sub_(q).flatten())
+            if slope is not None:
+                torch.sub(q.exp_(), share, out=slope[i : i + rows])
+        ctx.save_for_backward(slope)
+        ctx.scale = 1 / (logits.shape[0] * temperature)
+        return total / logits.shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * (g * ctx.scale), None, None
+
+
+def divergence(logits: torch.Tensor, wanted: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Mean over positions of KL(softmax(wanted / t) || softmax(logits / t)), in nats; differentiable once, in `logits`.
+
+    Args:
+        logits, wanted: float32 [positions, vocabulary].
+    """
+    return _Divergence.apply(logits, wanted, temperature)
 
 
 @torch.no_grad()
@@ -181,11 +214,10 @@ def fidelity(model: nn.Module, base: nn.Module, windows: Iterable[torch.Tensor])
     """Mean KL(base || model) and mean losses over batches of windows [n, length], in nats per position."""
     totals = torch.zeros(4, dtype=torch.float64)
     for tokens in windows:
-        p = torch.log_softmax(base(tokens, use_cache=False).logits[:, :-1].float(), -1)
-        q = torch.log_softmax(model(tokens, use_cache=False).logits[:, :-1].float(), -1)
-        right = tokens[:, 1:, None]
-        kl = nn.functional.kl_div(q, p, log_target=True, reduction="sum")
-        losses = (-q.gather(-1, right).sum(), -p.gather(-1, right).sum())
-        totals += torch.stack([kl, *losses, torch.tensor(float(right.numel()))]).double().cpu()
+        p, q = (net(tokens, use_cache=False).logits[:, :-1].float().flatten(0, 1) for net in (base, model))
+        right = tokens[:, 1:].flatten()
+        kl = divergence(q, p) * len(right)
+        losses = (nn.functional.cross_entropy(x, right, reduction="sum") for x in (q, p))
+        totals += torch.stack([kl, *losses, torch.tensor(float(len(right)))]).double().cpu()
     kl, nll, base_nll, count = totals.tolist()
     return {"kl": kl / count, "nll": nll / count, "base_nll": base_nll / count}

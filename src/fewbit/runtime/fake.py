@@ -112,40 +112,46 @@ def _backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of (w, scale, code_shift, value_shift); with fixed codes no weight is inside and w gets none."""
     scheme, shape, kind = q.scheme, q.shape, g.dtype if g.dtype == torch.float64 else torch.float32
-    view = scheme.blocks.resolve(shape).view
-    s, z, v = (None if p is None else expand(p.to(kind), scheme, shape) for p in parts)
-    g = g.to(kind).reshape(view)
-    levels = decode_codes(scheme.grid, q.codes).to(kind).reshape(view)
-    centred = levels if z is None else levels - z
+    tiling = scheme.blocks.resolve(shape)
+    lay = tiling.blocked if tiling.even else tiling.view
+    s, z, v = (None if p is None else _spread(p.to(kind), scheme, shape) for p in parts)
+    g = g.to(kind).reshape(lay)
+    centred = decode_codes(scheme.grid, q.codes).to(kind).reshape(lay)
+    centred = centred if z is None else centred - z
     inside = None
     if not fixed:
-        x = w.to(kind).reshape(view)
-        t = x if v is None else x - v
-        if s is not None:
-            t = torch.where(s == 0, 0, t / torch.where(s == 0, 1, s))
-        u = t if z is None else t + z
+        t = w.to(kind).reshape(lay)
+        t = t if v is None else t - v
+        t = t.clone() if s is None else t / s.masked_fill(s == 0, 1)  # the one array of this size that is written over
         low, high = edges(scheme.grid)
-        inside = ((u > low) & (u < high)).to(kind)
-        if s is not None:
-            inside = inside * (s != 0)
-        centred = centred - inside * t
-    outside = 1 if inside is None else 1 - inside
+        inside = (t > low) & (t < high) if z is None else (t > low - z) & (t < high - z)
+        inside = inside if s is None or bool(s.all()) else inside & (s != 0)
+        centred = torch.sub(centred, t.mul_(inside), out=t)
+    shifted = None if z is None and v is None else g if inside is None else g * ~inside
     found: list[torch.Tensor | None] = [None] * 4
     if needs[0] and inside is not None:
         found[0] = (g * inside).reshape(shape).to(w.dtype)
     if s is not None and needs[1]:
         found[1] = sum_blocks(g * centred, scheme, shape)
-    if z is not None and s is not None and needs[2]:
-        found[2] = sum_blocks(-g * s * outside, scheme, shape)
-    if v is not None and needs[3]:
-        found[3] = sum_blocks(g * outside, scheme, shape)
+    if shifted is not None and z is not None and s is not None and needs[2]:
+        found[2] = sum_blocks(shifted * -s, scheme, shape)
+    if shifted is not None and v is not None and needs[3]:
+        found[3] = sum_blocks(shifted, scheme, shape)
     like = (p if p is None or f is None else f.reshape(p.shape).to(p.dtype) for p, f in zip(parts, found[1:]))
     return found[0], *like
+
+
+def _spread(values: torch.Tensor, scheme: Scheme, shape: tuple[int, ...]) -> torch.Tensor:
+    """Entries per block as something that broadcasts over the weights: over blocks where the tiling is even, else one entry per weight."""
+    tiling = scheme.blocks.resolve(shape)
+    return values.reshape(*tiling.grid[:-1], 1, tiling.grid[-1], 1) if tiling.even else expand(values, scheme, shape)
 
 
 def sum_blocks(values: torch.Tensor, scheme: Scheme, shape: tuple[int, ...]) -> torch.Tensor:
     """Sums over the blocks of a tensor of `shape`: the adjoint of `num.qtensor.expand`. -> [*batch, block rows, block columns]."""
     tiling = scheme.blocks.resolve(shape)
+    if tiling.even:
+        return values.reshape(tiling.blocked).sum((-3, -1))
     below = tiling.grid[-2] * tiling.block_rows - tiling.rows
     right = tiling.grid[-1] * tiling.block_cols - tiling.cols
     values = nn.functional.pad(values.reshape(tiling.view), (0, right, 0, below))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -13,6 +14,7 @@ import pytest
 
 from fewbit.base.errors import InputError
 from fewbit.eval.fidelity import Options, study
+from fewbit.eval.provenance import training
 from fewbit.report.card import model_card
 from fewbit.report.files import merged, read_record, write_cards, write_report
 from fewbit.report.page import report_html
@@ -144,3 +146,19 @@ def test_a_card_stands_in_the_manifest(tiny: Path, tiny_int4: Path, tmp_path: Pa
     (out / "fewbit-manifest.json").unlink()
     write_cards(record)
     assert not (out / "fewbit-manifest.json").exists()
+
+
+def test_the_curve_of_training_is_drawn_over_its_steps(record: dict) -> None:
+    assert "Training of" not in report_html(record)
+    curve = [{"step": step, "kl": kl, "loss": None} for step, kl in ((0, 0.4), (50, 0.2), (60, 0.1))]
+    found = training({"training": {"steps": 60, "curve": [*curve, "noise", {"step": 61}]}})
+    assert found is not None and found["curve"] == curve
+    for bad in ({}, {"training": []}, {"training": {"curve": "x"}}, {"training": {"curve": [{"step": 1}]}}):
+        assert training(bad) is None
+    trained = copy.deepcopy(record)
+    trained["scores"][0]["facts"]["training"] = found
+    page = report_html(trained)
+    assert "Training of" in page and "75% of it is gone" in page and "KL, nats, 60: 0.1" in page
+    points = re.findall(r'<polyline points="([^"]*)"', page[page.index("Training of") :])[0].split()
+    x = [float(point.partition(",")[0]) for point in points]
+    assert x[1] - x[0] == pytest.approx(5 * (x[2] - x[1]), rel=0.02)  # steps are not evenly spread

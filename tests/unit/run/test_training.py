@@ -10,6 +10,7 @@ import torch
 
 from fewbit.base.errors import FewbitError, InputError
 from fewbit.cli.app import run as cli
+from fewbit.eval.provenance import about
 from fewbit.run.source import open_source
 from fewbit.run.training import load_float, train_checkpoint
 from fewbit.runtime.distil import Schedule
@@ -64,6 +65,10 @@ def test_train_lowers_kl_and_writes_codes(base: Path, text: str, tmp_path: Path,
     said = json.loads(capsys.readouterr().out)
     assert said["scheme"] == "int2-g32-bf16" and said["quantised"] == 14 and said["tokens"] == 8 * 4 * 16
     assert said["curve"][-1]["kl"] < said["curve"][0]["kl"]
+    with open_source(tmp_path / "a") as written:  # what `fewbit eval --report` draws
+        facts = about(written)
+    assert facts["training"]["curve"] == said["curve"] and facts["training"]["tokens"] == said["tokens"]
+    assert facts["command"].startswith(f"fewbit train {base} --to compressed-tensors:int2-g32 --recipe full --steps 8")
     again = ["train", str(base), "--to", "compressed-tensors:int2-g32", "-o", str(tmp_path / "b"), *words]
     assert cli([*again, "--start", str(tmp_path / "a"), "--recipe", "scales"]) == 0
     on = json.loads(capsys.readouterr().out)

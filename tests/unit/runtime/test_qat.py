@@ -16,7 +16,7 @@ from fewbit.nn import QuantLinear
 from fewbit.num.scheme import parse_scheme
 from fewbit.run.source import open_source
 from fewbit.run.trained import export, start_from
-from fewbit.runtime.distil import Schedule, batches, fidelity, train
+from fewbit.runtime.distil import Schedule, batches, divergence, fidelity, train
 from fewbit.runtime.fake import FakeQuantise
 from fewbit.runtime.qat import (
     convert,
@@ -224,6 +224,22 @@ def test_training_follows_a_teacher() -> None:
     assert [point.step for point in curve] == [0, 15, 30] and seen == curve
     assert curve[-1].measures["kl"] < 0.5 * curve[0].measures["kl"]
     assert fidelity(teacher, teacher, [tokens])["kl"] == 0
+
+
+def test_divergence_is_the_mean_kl_and_its_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows, words, temperature in ((1, 7, 1.0), (70, 9001, 2.0), (3, 1 << 20, 0.5)):
+        found, wanted = (3 * torch.randn(rows, words, generator=generator) for _ in range(2))
+        ours, theirs = (x.clone().requires_grad_() for x in (found, found))
+        p = torch.log_softmax(wanted / temperature, -1)
+        kl = nn.functional.kl_div(
+            torch.log_softmax(theirs / temperature, -1), p, log_target=True, reduction="batchmean"
+        )
+        mine = divergence(ours, wanted, temperature)
+        (2 * mine).backward()
+        (2 * kl).backward()
+        assert torch.allclose(mine, kl, rtol=1e-5) and torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-9)
+        assert float(divergence(wanted, wanted, temperature)) == 0
 
 
 def test_training_refuses_nonsense() -> None:
