@@ -21,14 +21,15 @@ from fewbit.math.kernels.kquants_tiles import (
     CHUNK,
     LANES,
     F,
-    growth,
+    growths,
     inverse,
     inverses,
     load_tile,
     round_f16,
+    share_sums,
     tile_place,
 )
-from fewbit.math.kernels.lanes import higher, load, lower, rint, splat, store, where_greater
+from fewbit.math.kernels.lanes import half, higher, load, lower, rint, splat, store, where_greater
 
 # rows of the per-tile scratch array, one float32 per lane each
 _H, _HX, _SCALE, _SHIFT, _K, _M, _D, _DMIN, _AA, _AB, _BB, _RA, _RB, _GROWTH = (16 * row for row in range(14))
@@ -194,8 +195,9 @@ def _nest(xt, ht, top, size, supers, code_top, reach, rounds, s):
 def _snap(x, first, blocks, size, top, s, codes):
     """Step 3: codes of the blocks of a tile under their stored scales and shifts."""
     zero, most = splat(F(0)), splat(top)
+    store(s, _AA, inverses(load(s, _SCALE)))
     for lane in range(blocks):
-        start, inv, low = (first + lane) * size, splat(inverse(s[_SCALE + lane])), splat(s[_SHIFT + lane])
+        start, inv, low = (first + lane) * size, splat(s[_AA + lane]), splat(s[_SHIFT + lane])
         for j in range(start, start + size, LANES):
             store(codes, j, lower(higher(rint((load(x, j) - low) * inv), zero), most))
 
@@ -211,24 +213,22 @@ def _unshrink(xt, ht, top, size, width, share, s):
         energy = energy + load(ht, j) * x * x
     store(s, _AA, energy)
     store(s, _AB, scale * sxq + shift * load(s, _HX))
-    for first in range(0, LANES, width):
-        energy_all, agreement = F(0), F(0)
-        for lane in range(first, first + width):
-            energy_all += s[_AA + lane]
-            agreement += s[_AB + lane]
-        for lane in range(first, first + width):
-            s[_GROWTH + lane] = growth(energy_all, agreement, share)
+    share_sums(s[_AA : _AA + LANES], width)
+    share_sums(s[_AB : _AB + LANES], width)
+    store(s, _GROWTH, growths(load(s, _AA), load(s, _AB), share))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _settle(xt, ht, top, size, per_super, unbias, s):
     """Scales and shifts of the lanes as they are stored, before step 4, and what step 4 multiplies the stored ones by."""
-    for lane in range(LANES):
-        if per_super > 1:
-            s[_SCALE + lane], s[_SHIFT + lane] = s[_D + lane] * s[_K + lane], s[_DMIN + lane] * s[_M + lane]
-        else:
-            s[_D + lane], s[_DMIN + lane] = round_f16(s[_SCALE + lane]), round_f16(s[_SHIFT + lane])
-            s[_SCALE + lane], s[_SHIFT + lane] = s[_D + lane], s[_DMIN + lane]
+    if per_super > 1:
+        store(s, _SCALE, load(s, _D) * load(s, _K))
+        store(s, _SHIFT, load(s, _DMIN) * load(s, _M))
+    else:
+        store(s, _D, half(load(s, _SCALE)))
+        store(s, _DMIN, half(load(s, _SHIFT)))
+        store(s, _SCALE, load(s, _D))
+        store(s, _SHIFT, load(s, _DMIN))
     s[_GROWTH : _GROWTH + LANES] = F(1)
     if unbias > F(0):
         _unshrink(xt, ht, top, size, per_super, unbias, s)
@@ -284,10 +284,10 @@ def quantize_minimum(
                 _nest(xt, ht, top, size, LANES // per_super, code_top, reach, rounds, s)
             _settle(xt, ht, top, size, per_super, unbias, s)
             blocks = min(LANES, count - first)
-            for lane in range(blocks):
-                block, by = first + lane, s[_GROWTH + lane]
-                if per_super > 1:
-                    k_out[block], m_out[block] = np.uint8(s[_K + lane]), np.uint8(s[_M + lane])
-                d_out[block // per_super] = round_f16(by * s[_D + lane])
-                dmin_out[block // per_super] = round_f16(by * s[_DMIN + lane])
+            for lane in range(blocks if per_super > 1 else 0):
+                k_out[first + lane], m_out[first + lane] = np.uint8(s[_K + lane]), np.uint8(s[_M + lane])
+            store(s, _D, half(load(s, _GROWTH) * load(s, _D)))
+            store(s, _DMIN, half(load(s, _GROWTH) * load(s, _DMIN)))
+            d_out[first // per_super : (first + blocks) // per_super] = s[_D : _D + blocks : per_super]
+            dmin_out[first // per_super : (first + blocks) // per_super] = s[_DMIN : _DMIN + blocks : per_super]
             _snap(x, first, blocks, size, top, s, codes)

@@ -22,14 +22,14 @@ from fewbit.math.kernels.kquants_tiles import (
     CHUNK,
     LANES,
     F,
-    growth,
-    inverse,
+    growths,
     inverses,
     load_tile,
     round_f16,
+    share_sums,
     tile_place,
 )
-from fewbit.math.kernels.lanes import higher, load, lower, rint, splat, store, where_greater
+from fewbit.math.kernels.lanes import half, higher, load, lower, rint, splat, store, where_greater
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
@@ -130,12 +130,12 @@ def _nest(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _snap(x, first, blocks, size, stored, low, high, zero, lut, code_lut, resolution, offset, codes):
-    """Step 3: codes of the blocks of a tile under their stored scales."""
+def _snap(x, first, blocks, size, inverted, low, high, zero, lut, code_lut, resolution, offset, codes):
+    """Step 3: codes of the blocks of a tile under their stored scales, given as 1 / scale."""
     bottom, most, start_code = splat(low), splat(high), splat(zero)
     top = F(lut.size - 1)
     for lane in range(blocks):
-        start, inv = (first + lane) * size, inverse(stored[lane])
+        start, inv = (first + lane) * size, inverted[lane]
         by = splat(inv)
         if lut.size == 0:
             for j in range(start, start + size, LANES):
@@ -160,13 +160,9 @@ def _unshrink(xt, ht, low, high, lut, resolution, offset, size, width, share, sc
         energy = energy + load(ht, j) * x * x
     store(energies, 0, energy)
     store(agreements, 0, spread * a)
-    for first in range(0, LANES, width):
-        energy_all, agreement = F(0), F(0)
-        for lane in range(first, first + width):
-            energy_all += energies[lane]
-            agreement += agreements[lane]
-        for lane in range(first, first + width):
-            by[lane] = growth(energy_all, agreement, share)
+    share_sums(energies, width)
+    share_sums(agreements, width)
+    store(by, 0, growths(load(energies, 0), load(agreements, 0), share))
 
 
 @njit(nogil=True, cache=True, parallel=True, error_model="numpy")
@@ -212,19 +208,23 @@ def quantize_symmetric(
                     xt, ht, low, high, lut, resolution, offset, size, LANES // per_super, k_low, k_high, reach, rounds,
                     scratch, scale, k, ka, kb, d,
                 )  # fmt: skip
-            for lane in range(LANES):
-                if per_super > 1:
+                for lane in range(LANES):
                     scale[lane] = d[lane // per_super] * k[lane]
-                else:
-                    d[lane] = scale[lane] = round_f16(scale[lane])
+            else:
+                store(scale, 0, half(load(scale, 0)))
+                store(d, 0, load(scale, 0))
             by[:] = F(1)
             if unbias > F(0):
                 _unshrink(
                     xt, ht, low, high, lut, resolution, offset, size, per_super, unbias, scratch, scale, ka, kb, by
                 )  # fmt: skip
             blocks = min(LANES, count - first)
-            for lane in range(blocks):
-                if per_super > 1:
-                    k_out[first + lane] = np.int8(k[lane])
-                d_out[(first + lane) // per_super] = round_f16(by[lane] * d[lane // per_super])
-            _snap(x, first, blocks, size, scale, low, high, zero, lut, code_lut, resolution, offset, codes)
+            for lane in range(blocks if per_super > 1 else 0):
+                k_out[first + lane] = np.int8(k[lane])
+                ka[lane // per_super] = by[lane] * d[lane // per_super]
+            if per_super == 1:
+                store(ka, 0, load(by, 0) * load(d, 0))
+            store(ka, 0, half(load(ka, 0)))
+            d_out[first // per_super : (first + blocks) // per_super] = ka[: blocks // per_super]
+            store(kb, 0, inverses(load(scale, 0)))
+            _snap(x, first, blocks, size, kb, low, high, zero, lut, code_lut, resolution, offset, codes)

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from fewbit.math.kernels.lanes import splat, where_greater
+from fewbit.math.kernels.lanes import higher, splat, where_greater
 
 LANES = 16
 CHUNK = 32  # tiles that one thread takes at a time
@@ -47,6 +47,24 @@ def growth(energy, agreement, share):
     if agreement <= F(0.4) * energy:
         return F(1.0)
     return F(1.0) + share * max(energy / agreement - F(1.0), F(0.0))
+
+
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def growths(energy, agreement, share):
+    """`growth` of lanes."""
+    one, zero = splat(F(1)), splat(F(0))
+    grown = one + splat(share) * higher(energy / agreement - one, zero)
+    return where_greater(agreement, splat(F(0.4)) * energy, grown, one)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def share_sums(lanes, width):
+    """Sums over groups of `width` numbers of float32 [16], in place, in all of a group."""
+    for first in range(0, LANES if width > 1 else 0, width):
+        whole = F(0)
+        for lane in range(first, first + width):
+            whole += lanes[lane]
+        lanes[first : first + width] = whole
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -172,6 +172,28 @@ def rint(typingctx, x):
 
 
 @intrinsic
+def half(typingctx, x):
+    """The nearest float16, ties to even; beyond the largest it stays there."""
+
+    def codegen(context, builder, signature, args):
+        bits = builder.bitcast(args[0], _VI)
+        sign = builder.and_(bits, _integers(-(1 << 31)))
+        size = builder.bitcast(builder.and_(bits, _integers(0x7FFFFFFF)), _VF)
+        top = _constant(65504.0)
+        size = builder.select(_emit_less(builder, top, size), top, size)
+        raw = builder.bitcast(size, _VI)
+        even = builder.and_(builder.lshr(raw, _integers(13)), _integers(1))
+        rounded = builder.add(raw, builder.add(_integers(0xFFF), even))
+        normal = builder.bitcast(builder.and_(rounded, _integers(-8192)), _VF)
+        magic = _constant(0.75)  # 1.5 * 2^23 times the least subnormal, 2^-24
+        small = builder.fsub(builder.fadd(size, magic), magic)
+        level = builder.select(_emit_less(builder, size, _constant(2.0**-14)), small, normal)
+        return builder.bitcast(builder.or_(sign, builder.bitcast(level, _VI)), _VF)
+
+    return Lanes(Lanes), codegen
+
+
+@intrinsic
 def not_finite(typingctx, x):
     """1 where a lane is NaN or infinite, else 0."""
 
