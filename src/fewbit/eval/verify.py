@@ -26,10 +26,13 @@ from fewbit.base.errors import FewbitError
 from fewbit.eval.completeness import skipped
 from fewbit.eval.findings import Finding, Findings, Verified
 from fewbit.eval.likeness import Likeness, calibrated_tokens
+from fewbit.formats.gguf import targets
+from fewbit.formats.gguf.families import family_of, prepared
 from fewbit.formats.kinds import kv_scale
 from fewbit.num.grid import IntGrid
 from fewbit.num.qtensor import QTensor, expand, values_of
 from fewbit.num.scheme import Scheme, parse_scheme
+from fewbit.run.gguf_source import GgufAsCheckpoint
 from fewbit.run.kv import WHICH, attentions
 from fewbit.run.source import Source, open_source
 
@@ -266,34 +269,50 @@ def _comparable(source: Source, base: Source | None, written: dict[str, Any], no
 
 def _compare_gguf(source: Source, base: Source, notes: list[str], like: Likeness) -> None:
     """The weights of a GGUF file, brought back under their checkpoint's names and layouts, against the base."""
-    from fewbit.run.gguf_source import GgufAsCheckpoint
-
     try:
         logical = GgufAsCheckpoint(source)
+        here, towers = _names_here(logical, base)
     except FewbitError as error:
         notes.append(f"values were not compared: {error.message}")
         return
-    for name, info in base.manifest.items():
-        if name not in logical.manifest:
+    if towers:
+        notes.append(f"{len(towers)} tensors of the base are left out, as planned: {next(iter(towers))} …")
+    for name in (name for name in base.manifest if name not in towers):
+        if name not in here:
             if kv_scale(name) is None and not name.endswith(("rotary_emb.inv_freq", "attn.bias", "masked_bias")):
                 like.found.add("source", name, "is in the base and not here")
             continue
-        block = logical.made_of(name)
-        if block in source.stored and len(info.shape) > 1:
-            _compare_tiles(name, source.stored[block].scheme, logical, base, like)
+        block = logical.made_of(here[name])
+        if block in source.stored and len(base.manifest[name].shape) > 1:
+            _compare_tiles(name, here[name], source.stored[block].scheme, logical, base, like)
         else:
-            like.hold_kept(name, logical.read(name), base.read(name))
+            like.hold_kept(name, logical.read(here[name]), base.read(name))
 
 
-def _compare_tiles(name: str, scheme: Scheme, logical: Source, base: Source, like: Likeness) -> None:
+def _names_here(logical: GgufAsCheckpoint, base: Source) -> tuple[dict[str, str], dict[str, None]]:
+    """(name in the base -> name in the GGUF's checkpoint, what the plan left out): the two differ where the base holds towers beside the text part."""
+    if not isinstance(base.config.get("text_config"), dict):
+        return {name: name for name in base.manifest if name in logical.manifest}, {}
+    family = family_of(base.config)
+    planned = {
+        target.name: target.reads for target in targets.expand(base.manifest, prepared(base.config, family), family)[0]
+    }
+    pairs = [
+        pair for name, reads in logical.reads().items() for pair in zip(planned.get(name, ()), reads, strict=False)
+    ]
+    used = {name for reads in planned.values() for name in reads}
+    return dict(pairs), {name: None for name in base.manifest if name not in used}
+
+
+def _compare_tiles(name: str, here: str, scheme: Scheme, logical: Source, base: Source, like: Likeness) -> None:
     """One weight of a GGUF; a large matrix in tiles of rows."""
     shape = base.manifest[name].shape
     step = shape[0] if len(shape) != 2 or base.manifest[name].numel <= TILE else max(1, TILE // shape[1])
-    if step >= shape[0] or logical.manifest[name].shape != shape:
-        like.hold(name, scheme, logical.read(name).float(), base.read(name))
+    if step >= shape[0] or logical.manifest[here].shape != shape:
+        like.hold(name, scheme, logical.read(here).float(), base.read(name))
         return
     ends = ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
-    rows = ((logical.read_rows(name, *pair).float(), base.read_rows(name, *pair).float()) for pair in ends)
+    rows = ((logical.read_rows(here, *pair).float(), base.read_rows(name, *pair).float()) for pair in ends)
     like.hold_tiles(name, scheme, rows)
 
 

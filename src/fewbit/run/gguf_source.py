@@ -76,6 +76,10 @@ class GgufAsCheckpoint(Source):
         """The GGUF tensor that a tensor of the checkpoint lies in (the first, where there are several)."""
         return self._readers[name][0][0].name
 
+    def reads(self) -> dict[str, tuple[str, ...]]:
+        """What each GGUF tensor was made of: its name -> names of this checkpoint."""
+        return {target.name: target.reads for found in self._readers.values() for target, _ in found}
+
     def qtensor(self, name: str) -> QTensor | None:
         return None
 

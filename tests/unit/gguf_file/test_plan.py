@@ -109,7 +109,7 @@ def test_all_families_are_whole() -> None:
         assert family.tensors["token_embd.weight"] and family.metadata["block_count"]
         for row in family.metadata.values():
             kind, _, expression = row.partition(" ")
-            assert kind.rstrip("!").strip("[]") in ("u32", "f32", "bool", "str")
+            assert kind.rstrip("!").strip("[]") in ("u32", "i32", "f32", "bool", "str")
             try:
                 evaluate(expression, prepared(CONFIG, family))
             except InputError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -41,7 +41,7 @@ class Family:
     tensors: dict[str, tuple[str, ...]]
 
 
-_PREFIXES = ("model.", "language_model.model.", "model.language_model.", "language_model.", "")
+_PREFIXES = ("model.", "language_model.model.", "model.language_model.", "model.text_model.", "language_model.", "")
 
 
 @functools.cache
@@ -102,18 +102,41 @@ def architectures() -> tuple[str, ...]:
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a Hugging Face config, by its `architectures`.
+    """The family of a Hugging Face config, by its `architectures`; of a vision-language model that of its text part.
 
     Raises:
-        InputError: FB-E0320 with the classes that are known.
+        InputError: FB-E0320 with what is known.
     """
     classes = config.get("architectures") or []
     for name in architectures():
         if any(cls in _table()[name]["hf"] for cls in classes):
             return family_named(name)
+    said = ", ".join(map(str, classes)) or "a config without `architectures`"
+    if any(isinstance(config.get(key), Mapping) for key in ("vision_config", "audio_config", "text_config")):
+        return _family_of_text(config, said)
     known = ", ".join(cls for name in architectures() for cls in _table()[name]["hf"])
-    what = f"{', '.join(map(str, classes)) or 'a config without `architectures`'} has no row among the GGUF architectures ({known})"
-    raise InputError("FB-E0320", what)
+    raise InputError("FB-E0320", f"{said} has no row among the GGUF architectures ({known})")
+
+
+def _family_of_text(config: Mapping[str, Any], said: str) -> Family:
+    """The family of a composite model's text part, what its config may leave out filled in, and its towers noted as left out."""
+    composite = _table()["composite"]
+    kinds, text = composite["text"], config.get("text_config") or {}
+    if not set(config.get("architectures") or ()) & set(composite["classes"]):
+        what = f"{said} joins a language model with towers in a way that is not known to run as plain text in llama.cpp"
+    elif text.get("model_type") not in kinds:
+        what = f"the text part of {said} is of model_type {text.get('model_type')!r}; known are {', '.join(kinds)}"
+    else:
+        row = dict(kinds[text["model_type"]])
+        family = family_named(row.pop("family"))
+        sentence = (
+            f"of {said} only the text part is written ({family.name}): its towers belong in a second file (mmproj), "
+            "which is not made, so llama.cpp answers text alone"
+        )
+        return replace(family, defaults=family.defaults | row, notes={**family.notes, composite["towers"]: sentence})
+    raise InputError(
+        "FB-E0320", what, remedy="another format keeps towers as they are, e.g. --to compressed-tensors:int4-g128"
+    )
 
 
 def prepared(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
