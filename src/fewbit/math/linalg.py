@@ -10,13 +10,17 @@ the factor of the inverse instead: two Cholesky factorisations and an inversion 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from fewbit.base.errors import InputError
 
 LADDER = (1.0, 10.0, 100.0, 1000.0)  # times the damping asked for
+TURNED = 256  # rows that are turned over at once
+ROWS = 1024  # right-hand sides that are solved for at once
 DOUBLE = 2048  # up to this size factors are computed in float64; a larger one takes float32
 
 
@@ -42,8 +46,12 @@ class Feedback:
         """rhs (H + damping)^-1 by the factor: floating [rows, n], both in visiting order -> the same dtype."""
         upper, pivot = self.upper.to(rhs.dtype), self.pivot.to(rhs.dtype)
         words = {"left": False, "unitriangular": True}  # the diagonal of `upper` counts as ones
-        found = torch.linalg.solve_triangular(upper.T, rhs, upper=False, **words)
-        return torch.linalg.solve_triangular(upper, found / pivot.square(), upper=True, **words)
+
+        def solved(some: torch.Tensor) -> torch.Tensor:
+            found = torch.linalg.solve_triangular(upper.T, some, upper=False, **words)
+            return torch.linalg.solve_triangular(upper, found / pivot.square(), upper=True, **words)
+
+        return by_rows(solved, rhs)
 
     def blockwise(self, width: int) -> Feedback:
         """The same factor for rounding `width` columns at once: no feedback inside a block, pivot^2 the diagonal of each block's metric."""
@@ -57,8 +65,8 @@ class Feedback:
         return Feedback(upper, pivot, self.dead, self.damping, self.notes)
 
 
-def damped(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gram + damping * mean diagonal * identity with dead columns made independent, dead); the gram's dtype.
+def damped(gram: torch.Tensor, damping: float, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gram + damping * mean diagonal * identity with dead columns made independent, dead), in `dtype` or the gram's; always a copy.
 
     Raises:
         InputError: FB-E0705 when the gram holds NaN or infinity, or has no positive entry on its diagonal.
@@ -69,12 +77,33 @@ def damped(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tens
     dead = diagonal <= 0
     if bool(dead.all()):
         raise InputError("FB-E0705", "the inputs were all zero")
-    mean = diagonal[~dead].mean()
-    out = gram.clone()
+    out = gram.to(dtype or gram.dtype, copy=True)
+    mean = out.diagonal()[~dead].mean()
     if bool(dead.any()):
         out[dead], out[:, dead] = 0, 0
     out.diagonal().add_(damping * mean)
     return out, dead
+
+
+def cholesky_(matrix: torch.Tensor) -> torch.Tensor | None:
+    """The lower factor L of a symmetric contiguous matrix = L L^T, written over it (large ones are not held twice); None if there is none."""
+    lower = matrix.mT  # LAPACK's order, in which it works in place
+    info = torch.empty(0, dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
+    return lower if int(info) == 0 and bool(torch.isfinite(lower.sum(0)).all()) else None
+
+
+def turn_(matrix: torch.Tensor) -> torch.Tensor:
+    """Rows and columns in reverse order, in place: [n, n]."""
+    n = len(matrix)
+    for a in range(0, n // 2, TURNED):
+        b = min(a + TURNED, n // 2)
+        top = matrix[a:b].flip(0, 1)
+        matrix[a:b] = matrix[n - b : n - a].flip(0, 1)
+        matrix[n - b : n - a] = top
+    if n % 2:
+        matrix[n // 2] = matrix[n // 2].flip(0)
+    return matrix
 
 
 def feedback_factor(gram: torch.Tensor, damping: float = 0.01, *, permutation: torch.Tensor | None = None) -> Feedback:
@@ -90,24 +119,44 @@ def feedback_factor(gram: torch.Tensor, damping: float = 0.01, *, permutation: t
     """
     dtype = torch.float64 if gram.shape[0] <= DOUBLE else torch.float32
     if permutation is not None:
-        gram = gram[permutation][:, permutation]
+        gram = gram[permutation[:, None], permutation]
     notes: list[str] = []
     for step in LADDER:
-        matrix, dead = damped(gram.to(dtype), damping * step)
-        matrix = matrix.flip(0, 1)  # J H J = L L^T  =>  H = (J L J)(J L J)^T, J L J upper
-        matrix, info = torch.linalg.cholesky_ex(matrix)  # under one name, so that no copy outlives its use
-        upper = matrix.flip(0, 1)
-        del matrix
-        if int(info) == 0 and bool(torch.isfinite(upper.sum(0)).all()):
+        matrix, dead = damped(gram, damping * step, dtype)
+        lower = cholesky_(turn_(matrix))  # J H J = L L^T  =>  H = (J L J)(J L J)^T, J L J upper
+        if lower is not None:
+            upper = turn_(lower)
             pivot = upper.diagonal().clone()
             upper = upper.div_(pivot).triu_(1)
             return Feedback(upper.float(), pivot.float(), dead, damping * step, tuple(notes))
+        del matrix  # the next step makes another
         notes.append(f"damping of {damping * step:g} did not make the gram positive definite")
     raise InputError("FB-E0705", f"the gram cannot be factored even with damping of {damping * LADDER[-1]:g}")
 
 
-def solve_damped(gram: torch.Tensor, rhs: torch.Tensor, damping: float = 0.01) -> tuple[torch.Tensor, tuple[str, ...]]:
+def by_rows(
+    solve: Callable[[torch.Tensor], torch.Tensor], rhs: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`solve` of some rows at a time, so that what it makes on the way stays small: [rows, n] -> `out`, or a new tensor like `rhs`."""
+    out = torch.empty(rhs.shape, dtype=rhs.dtype, device=rhs.device) if out is None else out
+    for a in range(0, len(rhs), ROWS):
+        out[a : a + ROWS] = solve(rhs[a : a + ROWS])
+    return out
+
+
+def _solved(lower: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
+    """rhs (L L^T)^-1 in the factor's dtype."""
+    found = torch.linalg.solve_triangular(lower.mT, rhs.to(lower.dtype), upper=True, left=False)
+    return torch.linalg.solve_triangular(lower, found, upper=False, left=False)
+
+
+def solve_damped(
+    gram: torch.Tensor, rhs: torch.Tensor, damping: float = 0.01, *, inplace: bool = False
+) -> tuple[torch.Tensor, tuple[str, ...]]:
     """rhs (gram + damping)^-1 by Cholesky: rhs [rows, n] -> float32 [rows, n] and notes; dead columns give rhs / damping as is.
+
+    Args:
+        inplace: write the answer over `rhs` (float32), which a failure leaves useless.
 
     Raises:
         InputError: FB-E0705 as for `feedback_factor`.
@@ -115,11 +164,14 @@ def solve_damped(gram: torch.Tensor, rhs: torch.Tensor, damping: float = 0.01) -
     dtype = torch.float64 if gram.shape[0] <= DOUBLE else torch.float32
     notes: list[str] = []
     for step in LADDER:
-        matrix, _ = damped(gram.to(dtype), damping * step)
-        lower, info = torch.linalg.cholesky_ex(matrix)
-        if int(info) == 0:
-            solved = torch.cholesky_solve(rhs.to(dtype).T, lower).T
-            if bool(torch.isfinite(solved).all()):
-                return solved.float().contiguous(), tuple(notes)
+        matrix, _ = damped(gram, damping * step, dtype)
+        lower = cholesky_(matrix)
+        if lower is not None:
+            found = by_rows(partial(_solved, lower), rhs, rhs if inplace else None)
+            if bool(torch.isfinite(found.sum(0)).all()):
+                return found.float(), tuple(notes)
+            if inplace:
+                break
+        del matrix, lower
         notes.append(f"damping of {damping * step:g} did not make the gram positive definite")
     raise InputError("FB-E0705", f"the gram cannot be factored even with damping of {damping * LADDER[-1]:g}")

@@ -26,6 +26,8 @@ class Stats:
         cross_gram: the same shape, sum of x_float x^T, with x_float the inputs of the float model.
         out_gram: float32 or float64 [outputs, outputs], sum of g g^T with g the gradient of the loss at the outputs of one weight. Unlike the
             rest it belongs to a weight, not to the space, so it is put in (`dataclasses.replace`) when that weight is solved.
+        correction: float32 [outputs, channels], what to add to one weight so that its outputs make up for what the quantised model got wrong
+            before it; like `out_gram` it belongs to a weight.
         histogram: float64 [math.ranges.BINS], how many inputs of all channels fall into each bin of magnitude.
     """
 
@@ -36,6 +38,7 @@ class Stats:
     gram: torch.Tensor | None = None
     cross_gram: torch.Tensor | None = None
     out_gram: torch.Tensor | None = None
+    correction: torch.Tensor | None = None
     histogram: torch.Tensor | None = None
 
     @property

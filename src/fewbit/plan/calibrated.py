@@ -37,8 +37,9 @@ LOGITS = 1 << 22  # logits at once in the backward pass, at least those of one s
 MOST_OUTPUTS = 8192  # a gram of more outputs would outweigh everything else in memory
 MODEL_BYTES = 230 << 20  # transformers, its model without weights, compiled kernels; measured (dev/LOG.md)
 LARGE = 2048  # channels up to which grams are factored in float64
-FACTOR_COPIES = 4  # copies of a gram alive at once while it is factored, beside gram and cross-gram
-WEIGHT_COPIES = 8  # float32 copies of a weight alive at once in the feedback loop
+FACTOR_BYTES = 4 + 8 + 8  # of an entry of a gram that is factored in float64, beside gram and cross-gram
+LARGE_FACTOR_BYTES = 4  # of an entry of a large one: its factor, made in place
+WEIGHT_COPIES = 6  # float32 copies of a weight alive at once in the feedback loop
 # CUDA's context, libraries' kernels and workspaces, gaps between tensors; by public figures, not measured
 CONTEXT_BYTES = 700 << 20
 STAGING_BYTES = 8  # of a weight on its way between disk and device: as stored, and as float32 or as codes being encoded
@@ -48,6 +49,7 @@ ROTATED_LOGITS = 8  # float32 copies of a step's logits: both models', their log
 LEARNED_COPIES = 10  # the same for learned rounding: master weight, values, gradient, averages, temporaries
 # weights of these roles read the same inputs and are solved at the same time
 STAGES = (("q", "k", "v", "qkv"), ("gate", "up", "gate_up", "fc1"))
+LAST = ("down", "fc2")  # the stage that ends a block
 _EXPERT = re.compile(r"experts?\.\d+\.")
 
 
@@ -257,7 +259,8 @@ def graph_bytes(shapes: Shapes, jobs: tuple[Job, ...]) -> int:
 
 def _block_phases(shapes: Shapes, plan: Plan, jobs: tuple[Job, ...], solved: set[str], workers: int) -> dict[str, int]:
     """Bytes of one block's phases, beside what is there all the time."""
-    own = sum(job.numel for job in jobs) * shapes.itemsize * (2 if shapes.drift else 1)
+    one = sum(job.numel for job in jobs) * shapes.itemsize
+    own = one * (2 if shapes.drift else 1)
     widest = max((size for job in jobs for size in job.shape[-2:] if len(job.shape) > 1), default=1)
     passing = shapes.tokens * (3 * widest + 4 * shapes.hidden) * shapes.itemsize
     mine = [job for job in jobs if job.scheme is not None and solved & set(job.reads)]
@@ -266,10 +269,16 @@ def _block_phases(shapes: Shapes, plan: Plan, jobs: tuple[Job, ...], solved: set
     for stage in _stages(mine):
         channels = stage[0].shape[-1]
         experts = _grams(stage)
-        held = experts * 4 * channels**2 * (2 if shapes.drift and experts == 1 else 1)
+        gram, ends = 4 * channels**2, stage[0].role in LAST and experts == 1
+        paired = int(shapes.drift > 0 and experts == 1)
+        held = experts * gram + paired * (4 * prod(stage[0].shape[-2:]) if ends else gram)
+        # the regression of the drift: the gram without the tokens it is judged by, a factor of that, and the paired tokens' own gram
+        apart = paired * gram * (2 if shapes.drift == shapes.samples else 3)
         flat = shapes.tokens * channels * 4 * 3
         solving = sum(sorted((_solver_bytes(job) for job in stage), reverse=True)[:workers])
-        found["blocks"] = max(found["blocks"], own + grams + held + max(passing + flat, solving))
+        if ends:  # the float block is gone by then
+            solving -= own - one
+        found["blocks"] = max(found["blocks"], own + grams + held + max(passing + flat, apart, solving))
     learned = [job for job in mine if SOLVERS[job.solver].together is not None]
     if learned:
         copies = sum(job.numel for job in learned) * 4 * LEARNED_COPIES
@@ -299,4 +308,4 @@ def _solver_bytes(job: Job) -> int:
     weight = rows * channels * 4
     if "gram" not in SOLVERS[job.solver].needs:
         return weight * WEIGHT_COPIES
-    return weight * WEIGHT_COPIES + channels**2 * FACTOR_COPIES * (8 if channels <= LARGE else 4)
+    return weight * WEIGHT_COPIES + channels**2 * (FACTOR_BYTES if channels <= LARGE else LARGE_FACTOR_BYTES)

@@ -118,7 +118,7 @@ class Answers:
                 return replace(fallback, q=q, notes=(why,))
             missing = [need for need in solver.needs if getattr(stats, need, None) is None]
             if missing == ["cross_gram"] and stats is not None:
-                stats = replace(stats, cross_gram=stats.gram)  # no second stream here: no drift to correct
+                stats = replace(stats, cross_gram=stats.gram)  # no second stream here, or its correction is known
             if stats is not None and job.name in self.grams and expert is None:
                 stats = replace(stats, out_gram=self.grams[job.name].to(weight.device))
             found = solver(weight, stats, job.wanted, seed=self.seed, options=self.run.options_for(job))

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -166,6 +167,8 @@ class Calibrated:
         first, second = self._streams(block, stages, kept, params, originals, quantised, floats)
         for number, stage in enumerate(stages):
             stats = collect(first, second, number, self.needs, self.run._check_stop)
+            if second is not None and originals is not None and not second.left:
+                originals.clear()  # the float stream is through: its block need not lie beside the last stage's grams
             self._top_up(block, stage, params, quantised, stats)
             for slot, found in self._solve(stage, slots, stats):
                 self.answers.put_back(params, self.model.local(block.index, slot), slot, found[0][1].q)
@@ -189,7 +192,10 @@ class Calibrated:
         key = (self.model.kind(block.index), tuple(slots))
         if key not in self.structures:
             stages = find_stages(block, params, slots, hidden)
-            self.structures[key] = stages, survey(block, params, stages, hidden) if stages else None
+            kept = survey(block, params, stages, hidden) if stages else None
+            if kept is not None and not _whole(slots[stages[-1].params[0]]):
+                kept[-1] = replace(kept[-1], adds=0.0)
+            self.structures[key] = stages, kept
         return self.structures[key]
 
     def _improve(
@@ -294,6 +300,11 @@ class Calibrated:
             for x in seen:
                 stats[None] = stats.get(None, Stats()).add(x, x, needs=self.needs)
         return stats
+
+
+def _whole(slots: list[Slot]) -> bool:
+    """Whether a parameter is one stored matrix."""
+    return len(slots) == 1 and slots[0].expert is None and slots[0].rows is None
 
 
 def calibrated(groups: list[Group], wanted: set[str], run: _Run) -> Iterator[tuple[Group, Solved]]:

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils._pytree import tree_map
@@ -34,6 +34,9 @@ from fewbit.run.hf import Params
 from fewbit.run.lanes import in_lanes
 from fewbit.run.observe import Observer, StopForward, Use
 from fewbit.run.stages import Block, Stage
+
+CHANGE = 8.0  # of a product that is tried, times the size of the output
+STRAIGHT = 0.02  # part of what such a change does that may be anything but itself: rounding in 16 bits
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 """A block with its parameters and arguments, on hidden states [sequences, length, width]."""
@@ -48,6 +51,7 @@ class Kept:
         inputs: whether its inputs must be kept from its own pass to the next, because earlier products are NaN by then.
         width: channels of its inputs; widths: of its products, by parameter.
         again: whether its inputs are made again in the next pass from the products of the stage before, instead of being kept.
+        adds: how much of its one product comes out of the block, output = rest + adds * product; 0 where that is not so, or not the last stage.
     """
 
     outputs: bool
@@ -55,6 +59,7 @@ class Kept:
     width: int
     widths: dict[str, int]
     again: bool = False
+    adds: float = 0.0
 
 
 def survey(block: Block, params: Params, stages: list[Stage], hidden: torch.Tensor) -> list[Kept] | None:
@@ -85,8 +90,27 @@ def survey(block: Block, params: Params, stages: list[Stage], hidden: torch.Tens
         widths = {name: products[name].shape[-1] for name in names}
         width = inputs[names[0]].shape[-1]
         again = poisoned and k > 0 and not found[k - 1].inputs and width >= WIDE * found[k - 1].width
-        found.append(Kept(looked_at, poisoned and not again, width, widths, again))
+        adds = (
+            _added(run, {names[0]: params[names[0]]}, products[names[0]], hidden, true)
+            if last and len(names) == 1
+            else 0.0
+        )
+        found.append(Kept(looked_at, poisoned and not again, width, widths, again, adds))
     return found
+
+
+def _added(run: Run, tracked: Params, product: torch.Tensor, hidden: torch.Tensor, true: torch.Tensor) -> float:
+    """The factor with which a block adds a product to its output, tried with a large random change of it; 0 where it does more than that."""
+    if product.numel() != true.numel() or product.shape[-1] != true.shape[-1]:
+        return 0.0
+    size = CHANGE * max(float(true.float().std()), float(product.float().std()))
+    noise = torch.randn(product.shape, generator=torch.Generator().manual_seed(0)).to(product) * size
+    with Observer(tracked, on_output=lambda use, found: found + noise):
+        moved = (run(hidden) - true).float().flatten()
+    noise = noise.float().flatten()
+    factor = float(moved @ noise / (noise @ noise))
+    off = float((moved - factor * noise).norm() / moved.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    return factor if off < STRAIGHT and factor else 0.0
 
 
 def _nan(like: torch.Tensor, shape: tuple[int, ...] | None = None, device: torch.device | None = None) -> torch.Tensor:
@@ -266,26 +290,39 @@ class Stream:
 
     def inputs(self, stage: int, batch: int, finish: bool = False) -> dict[int | None, torch.Tensor]:
         """What the weights of a stage are multiplied with for one batch, per expert; with `finish` the batch is also run to its end."""
+        finish = finish and self.kept is not None  # else `finish` is a pass of its own
+        found, out = self._seen(stage, batch, not finish)
+        if finish and out is not None:
+            self._put(batch, out)
+        elif self.kept is not None and self.kept[stage].inputs:
+            self._keep(stage, "", batch, found[None])
+        return found
+
+    def outputs(self, stage: int, batch: int) -> tuple[dict[int | None, torch.Tensor], torch.Tensor]:
+        """As `inputs`, and what comes out of the block with the stage's weights as they are now; the batch stays unfinished."""
+        found, out = self._seen(stage, batch, False)
+        if self.kept is not None and self.kept[stage].inputs:
+            self._keep(stage, "", batch, found[None])
+        return found, cast(torch.Tensor, out)  # the pass did not stop
+
+    def _seen(self, stage: int, batch: int, stop: bool) -> tuple[dict[int | None, torch.Tensor], torch.Tensor | None]:
+        """The inputs of a stage and, unless the pass stops there, the block's outputs."""
         found: dict[int | None, torch.Tensor] = {}
         first, experts = self.stages[stage].params[0], self.stages[stage].experts
-        finish = finish and self.kept is not None  # else `finish` is a pass of its own
 
         def take(use: Use) -> torch.Tensor | None:
             if self.kept is not None and self.stage_of[use.param] == stage - 1:
                 return self._fed(stage - 1, batch, use)
             if use.param == first and use.expert not in found:
                 found[use.expert] = use.x
-                if not experts and not finish:
+                if not experts and stop:
                     raise StopForward
             return None
 
+        out = None
         with contextlib.suppress(StopForward):
             out = self._pass(stage, batch, take)
-            if finish:
-                self._put(batch, out)
-        if self.kept is not None and self.kept[stage].inputs and not finish:
-            self._keep(stage, "", batch, found[None])
-        return found
+        return found, out
 
     def forget(self, stage: int) -> None:
         """Frees inputs that no pass from this stage on asks for."""

@@ -75,6 +75,7 @@ def solve_matrix(w: torch.Tensor, stats: Stats, scheme: Scheme, options: Mapping
         if error.code != "FB-E0705":
             raise
         return _rounded(w, stats, scheme, search, f"fallback to rounding to nearest: {error.message}")
+    del w  # large, and what is wanted is another by now
     return solve_wanted(problem, stats, scheme, options)
 
 
@@ -105,7 +106,7 @@ def _beats_rounding(problem: Problem, scheme: Scheme, stats: Stats, values: torc
     step = max(1, values.shape[0] // SAMPLED_ROWS) if separable(scheme) else 1
     wanted = problem.wanted[::step].contiguous()
     nearest = quantize(scheme, wanted, stats.importance, search).dequantize()
-    rows = Quadratic(wanted, problem.quadratic.gram)
+    rows = replace(problem.quadratic, w=wanted, outer=None)
     return rows.loss(values[::step]) < rows.loss(nearest)
 
 
@@ -140,7 +141,9 @@ class Problem:
         if dead := int(columns.dead.sum()):
             notes.append(f"{dead} of {len(gram)} inputs were always zero: their weights are rounded without feedback")
         wanted = w
-        if options["drift"] and stats.cross_gram is not None:
+        if options["drift"] and stats.correction is not None and stats.correction.shape == w.shape:
+            wanted = w + stats.correction.to(w.device)
+        elif options["drift"] and stats.cross_gram is not None:
             wanted = drifted(w, gram, stats.cross_gram.to(w.device), columns, order)
         rows = outer = None
         unit = 1.0 / max(1, stats.count)
@@ -148,13 +151,14 @@ class Problem:
             outer = _symmetric(stats.out_gram.to(w.device))
             rows = feedback_factor(outer, options["outer_damping"])
             level = outer.diagonal().double().mean()
-            outer = (damped(outer.double(), rows.damping)[0] / level).float()
+            dtype = torch.float64 if len(outer) <= DOUBLE else torch.float32
+            outer = damped(outer, rows.damping, dtype)[0].div_(level).float()
             unit *= float(level)
             notes += rows.notes
-        mean = gram.diagonal().double().mean()
-        scaled = (damped(gram.float(), columns.damping)[0].div_(float(mean))).float()
-        scaled.diagonal()[scaled.diagonal() <= 0] = columns.damping
-        return cls(wanted, order, columns, rows, Quadratic(wanted, scaled, outer, unit * float(mean)), notes)
+        diagonal = gram.diagonal().double()
+        mean, ridge = float(diagonal.mean()), columns.damping * float(diagonal[diagonal > 0].mean())
+        quadratic = Quadratic(wanted, _without_dead(gram), outer, unit * mean, 1 / mean, ridge / mean)
+        return cls(wanted, order, columns, rows, quadratic, notes)
 
 
 def drifted(
@@ -186,6 +190,16 @@ def drifted(
 
 def _symmetric(gram: torch.Tensor) -> torch.Tensor:
     return (gram + gram.T) / 2 if len(gram) <= DOUBLE else gram  # factors read one half only; large ones are not copied
+
+
+def _without_dead(gram: torch.Tensor) -> torch.Tensor:
+    """The gram with the rows and columns of inputs that were never anything but zero empty, as sums of products leave them."""
+    dead = gram.diagonal() <= 0
+    if not bool(gram[dead].any()):
+        return gram
+    gram = gram.clone()
+    gram[dead], gram[:, dead] = 0, 0
+    return gram
 
 
 def _rounded(w: torch.Tensor, stats: Stats, scheme: Scheme, search: Search, note: str) -> Solved:

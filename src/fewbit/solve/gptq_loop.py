@@ -227,13 +227,20 @@ class Outcome:
     """What the loop found, in visiting order.
 
     Attributes:
-        codes: of the grid's code dtype [rows, cols / dim]; out: float32 [rows, cols], the values they stand for.
+        codes: of the grid's code dtype [rows, cols / dim].
+        w, error: float32 [rows, cols], the wanted weights and how much they are above the values that the codes stand for.
         loss: the objective, damping included.
     """
 
     codes: torch.Tensor
-    out: torch.Tensor
+    w: torch.Tensor
+    error: torch.Tensor
     loss: float
+
+    @property
+    def out(self) -> torch.Tensor:
+        """The values that the codes stand for."""
+        return self.w - self.error
 
 
 # (first column, end, x = wanted weights with the feedback of all earlier columns [rows, cols], weight [cols]) -> candidates
@@ -293,7 +300,7 @@ def run_loop(
         codes[:, start // dim : end // dim] = found
         error[:, start:end] = wanted - out
         loss += part
-    return Outcome(codes, w - error, loss)
+    return Outcome(codes, w, error, loss)
 
 
 def _round_scalars(

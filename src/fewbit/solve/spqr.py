@@ -82,15 +82,16 @@ def outlier_mask(scheme: Scheme, w: torch.Tensor, weight: torch.Tensor, share: f
 def _settled(base: torch.Tensor, mask: torch.Tensor, quadratic: Quadratic) -> torch.Tensor:
     """f16-representable outlier values [rows, cols], zero elsewhere, by coordinate descent column after column."""
     values = torch.where(mask, quadratic.w - base, 0).half().float()
-    diagonal = quadratic.gram.diagonal()
+    gram = quadratic.metric(slice(None))
+    diagonal = gram.diagonal()
     for _ in range(ROUNDS):
-        slope = quadratic.slope(base + values)
+        slope = quadratic.slope(base + values - quadratic.w)
         if quadratic.outer is not None:  # rows are coupled: a cautious common step for all rows
             slope = slope / quadratic.outer.sum(1).abs().clamp(min=float(quadratic.outer.diagonal().mean()))[:, None]
         for j in torch.nonzero(mask.any(0))[:, 0].tolist():
             moved = torch.where(mask[:, j], values[:, j] - slope[:, j] / diagonal[j], 0).half().float()
             step, values[:, j] = moved - values[:, j], moved
-            slope += step[:, None] * quadratic.gram[j]
+            slope += step[:, None] * gram[j]
     plain = torch.where(mask, quadratic.w - base, 0).half().float()
     return values if quadratic.loss(base + values) <= quadratic.loss(base + plain) else plain
 

@@ -7,7 +7,7 @@ Blocks of columns take turns; the slopes of a block come from all the errors the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,26 +24,37 @@ ENOUGH = 5e-4  # stop when a sweep changes no more than this share of the codes
 
 @dataclass(frozen=True)
 class Quadratic:
-    """tr(G E H E^T), E = values - w.
+    """tr(G E H E^T), E = values - w, with H = share * gram + ridge * identity.
 
     Attributes:
         w: float32 [rows, cols], the wanted weights.
-        gram: float32 [cols, cols], damped; outer: float32 [rows, rows], damped, or None for the identity; both of mean diagonal about one.
+        gram: floating [cols, cols], as it was collected: a large one is not copied.
+        outer: float32 [rows, rows], damped, or None for the identity. H and it have a mean diagonal of about one.
         unit: what a loss of one stands for in the units of the statistics.
+        share, ridge: of H.
     """
 
     w: torch.Tensor
     gram: torch.Tensor
     outer: torch.Tensor | None = None
     unit: float = 1.0
+    share: float = 1.0
+    ridge: float = 0.0
 
-    def slope(self, values: torch.Tensor) -> torch.Tensor:
-        """Half the gradient over `unit`: G E H, float32 [rows, cols]."""
-        moved = (values - self.w) @ self.gram
+    def metric(self, cut: slice) -> torch.Tensor:
+        """H of some columns, float32 [n, n]."""
+        found = self.gram[cut, cut].float() * self.share
+        found.diagonal().add_(self.ridge)
+        return found
+
+    def slope(self, missing: torch.Tensor, cut: slice = slice(None)) -> torch.Tensor:
+        """Half the gradient over `unit`, of some columns: G E H for E = `missing` [rows, cols], float32 [rows, n]."""
+        moved = (missing @ self.gram[:, cut].float()).mul_(self.share).add_(missing[:, cut], alpha=self.ridge)
         return moved if self.outer is None else self.outer @ moved
 
     def loss(self, values: torch.Tensor) -> float:
-        return self.unit * float((self.slope(values).mul_(values - self.w)).sum(dtype=torch.float64))
+        missing = values - self.w
+        return self.unit * float(self.slope(missing).mul_(missing).sum(dtype=torch.float64))
 
 
 @dataclass
@@ -72,7 +83,7 @@ def sweep(
     device = codes.device
     if device.type != "cpu":  # the kernels are the CPU's
         outer = None if problem.outer is None else problem.outer.cpu()
-        home = Quadratic(problem.w.cpu(), problem.gram.cpu(), outer, problem.unit)
+        home = replace(problem, w=problem.w.cpu(), gram=problem.gram.cpu(), outer=outer)
         found, kept, loss = sweep(scheme, codes.cpu(), _moved(params, "cpu"), home, sweeps=sweeps, tune=tune)
         return found.to(device), _moved(kept, device), loss
     rounder = Rounder.of(scheme.grid)
@@ -112,12 +123,10 @@ def _pass(scheme: Scheme, rounder: Rounder, state: State, problem: Quadratic, tu
         groups, cut = numbers.gid[start:end], slice(start, end)
         g0, g1 = int(groups[0]), int(groups[-1]) + 1
         parts = [part[:, g0:g1].contiguous() for part in (numbers.scale, numbers.zero, numbers.shift)]
-        slope = missing @ problem.gram[:, cut]
-        if problem.outer is not None:
-            slope = problem.outer @ slope
+        slope = problem.slope(missing, cut)
         held = [state.value[:, cut].contiguous(), slope, *(t[:, cut].contiguous() for t in (state.level, state.index))]
         picked = choice[:, g0:g1].contiguous()
-        gram, gid = problem.gram[cut, cut].contiguous(), (groups - g0).contiguous()
+        gram, gid = problem.metric(cut), (groups - g0).contiguous()
         changed += _block(rounder, held, gram, problem.outer, parts, gid, picked)
         for whole, part in zip((state.value, state.level, state.index), (held[0], *held[2:]), strict=True):
             whole[:, cut] = part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fewbit.run.acts import ActStore
 from fewbit.run.collect import collect
+from fewbit.run.drift import DAMPINGS
 from fewbit.run.hf import BlockModel
+from fewbit.run.observe import Observer
 from fewbit.run.passes import Stream, kept_bytes, survey
 from fewbit.run.source import open_source
 from fewbit.run.stages import Block, find_stages
@@ -23,9 +26,11 @@ MODELS = {
     "olmo2": SMALL,
     "phi": {**SMALL, "num_key_value_heads": 4},
     "gpt2": {"vocab_size": 99, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64},
+    "granite": {**SMALL, "residual_multiplier": 0.25},
     "gpt_neox": {**SMALL, "num_key_value_heads": None, "tie_word_embeddings": True},
     "mixtral": {**SMALL, "num_local_experts": 3, "num_experts_per_tok": 2},
 }
+ADDS = {"llama": 1.0, "phi": 1.0, "gpt2": 1.0, "gpt_neox": 1.0, "granite": 0.25}  # others put a norm behind their last product
 NEEDS = frozenset({"gram", "cross_gram", "absmax"})
 
 
@@ -76,11 +81,50 @@ def test_remembering_changes_nothing(model_type: str, tmp_path: Path) -> None:
         assert (kept is None) == (model_type == "mixtral")
         floats = {name: value + 0.01 * torch.randn_like(value) for name, value in params.items()}
         plain = walk(block, params, floats, hidden, stages, None)
+        if kept is not None:
+            assert kept[-1].adds == pytest.approx(ADDS.get(model_type, 0.0), abs=1e-4)
+            made_up = walk(block, params, floats, hidden, stages, kept)
+            assert all(torch.equal(a, b) for a, b in zip(plain[1], made_up[1], strict=True))
+            kept = [replace(one, adds=0.0) for one in kept]
         for files in (None, tmp_path / "kept"):
             found = walk(block, params, floats, hidden, stages, kept, files)
             for a, b in zip(plain, found, strict=True):
                 assert len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
         assert not list(tmp_path.glob("*.live"))
+
+
+@pytest.mark.parametrize("model_type", ADDS)
+def test_the_last_product_makes_up_for_what_leaves_the_block(model_type: str, tmp_path: Path) -> None:
+    """The correction is the regression of the block's whole error on the inputs of its last product."""
+    block, params, _, matrices = block_of(model_type, tmp_path)
+    hidden = torch.randn(8, 16, 32)
+    with torch.no_grad():
+        stages = find_stages(block, params, matrices, hidden[:1])
+        kept = survey(block, params, stages, hidden[:1])
+        last = stages[-1].params[0]
+        floats = {name: value.clone() for name, value in params.items()}
+        offset = 0.3 * torch.randn(32)  # what earlier blocks got wrong
+        stores = [ActStore((8, 16, 32), torch.float32, 2) for _ in range(2)]
+        for batch in range(4):
+            cut = slice(*stores[0].span(batch))
+            stores[0].put(batch, hidden[cut] + offset)
+            stores[1].put(batch, hidden[cut])
+        seen: list[torch.Tensor] = []
+        with Observer({last: params[last]}, lambda use: seen.append(use.x.reshape(-1, use.x.shape[-1]))):
+            out = block.run(params, hidden + offset)
+        error = (block.run(floats, hidden) - out).flatten(0, 1) / ADDS[model_type]
+        first, second = (Stream(block, p, s, stages, kept) for p, s in zip((params, floats), stores, strict=True))
+        for number in range(len(stages)):
+            stats = collect(first, second, number, NEEDS, lambda: None)[None]
+    x, found = torch.cat(seen), stats.correction
+    assert found is not None and found.shape == (32, x.shape[-1])
+    answers = []
+    for damping in DAMPINGS:
+        gram = x.T @ x
+        gram.diagonal().add_(damping * gram.diagonal().mean())
+        answers.append(torch.linalg.solve(gram, x.T @ error).T)
+    assert min(float((found - answer).abs().max()) for answer in answers) < 1e-3
+    assert float((error - x @ found.T).square().sum()) < float(error.square().sum())
 
 
 def test_attention_and_projections_are_not_repeated(tmp_path: Path) -> None:
