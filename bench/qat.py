@@ -1,9 +1,9 @@
 """How much of the loss of the best post-training result does training through the rounding recover, on the sample?
 
-    python bench/qat.py [--schemes int4-channel int2-g64] [--steps 200] [--work DIR] [--out bench/results/qat.json]
+    python bench/qat.py [--schemes int4-channel int2-g64] [--recipes scales full] [--steps 320] [--work DIR] [--out bench/results/qat.json]
 
 For each scheme: the engine's GPTQ (whose codes training starts from), the recipe that trains scales and norms only, and the full one. Training text is the bundled
-calibration mix; KL is measured on WikiText-2 test, another domain, and on held-out text of the same kinds. `curve` has a point every few steps, on 4,096 tokens of
+calibration mix; KL is measured on WikiText-2 test, another domain, and on held-out text of the same kinds. `curve` has a dozen points, on 4,096 tokens of
 WikiText-2; the final figures are of the exported compressed-tensors files, by `fewbit eval`. `transformers` is the largest difference between the logits of the exported file in transformers
 and those of the trained model.
 """
@@ -25,17 +25,14 @@ from fewbit.eval.fidelity import evaluate
 from fewbit.eval.windows import windows
 from fewbit.run.calib import calibration
 from fewbit.run.source import open_source
-from fewbit.run.trained import export, start_from
+from fewbit.run.trained import export
+from fewbit.run.training import RATES, take_start
 from fewbit.runtime.distil import Point, Schedule, train
 from fewbit.runtime.qat import freeze, parameter_groups, prepare, qtensors, trained_floats
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "samples" / "sample"
 TEXT = str(ROOT / "samples" / "text" / "wikitext2-test.txt")
-RATES = {
-    "full": (3e-3, 1e-3),
-    "scales": (0.0, 2e-3),
-}  # recipe -> learning rate of weights in steps, of step sizes and norms
 
 
 def load(path: Path) -> torch.nn.Module:
@@ -75,6 +72,11 @@ def in_transformers(path: Path, model: torch.nn.Module, tokens: torch.Tensor) ->
     return {"largest_difference": float((mine - theirs).abs().max()), "largest_logit": float(mine.abs().max())}
 
 
+def known(out: Path) -> dict[str, Any]:
+    """Rows of schemes so far."""
+    return json.loads(out.read_text())["schemes"] if out.exists() else {}
+
+
 def run(scheme: str, args: argparse.Namespace, data: dict[str, torch.Tensor]) -> dict[str, Any]:
     started = time.perf_counter()
     best = args.work / f"gptq-{scheme}"
@@ -83,22 +85,24 @@ def run(scheme: str, args: argparse.Namespace, data: dict[str, torch.Tensor]) ->
     row: dict[str, Any] = {"gptq": {"seconds": time.perf_counter() - started}}
     if args.only_start:
         return row
-    with open_source(best) as source:
-        start = start_from(source)
     teacher = load(BASE)
     watch = watcher(teacher, data["eval"])
     made = {"gptq": best}
-    for recipe, steps in (("scales", args.steps // 2), ("full", args.steps)):
-        model = load(BASE)
+    for recipe in args.recipes:
+        steps = args.steps if recipe == "full" else args.steps // 4
+        model, earlier = load(BASE), args.work / f"{recipe}-{scheme}"
+        before = known(args.out).get(scheme, {}).get(recipe) if args.go_on and earlier.exists() else None
+        start = take_start(model, earlier if before else best)
+        rates = tuple(args.rates or RATES[recipe])
         done = prepare(model, next(iter(start.values())).scheme, recipe=recipe, start=start, floats="bf16")
-        schedule = Schedule(steps=steps, batch=args.batch, every=max(1, steps // 8), seed=0)
+        schedule = Schedule(steps=steps, batch=args.batch, every=max(1, steps // 12), seed=1 if before else 0)
         say = lambda point, tag=f"{scheme} {recipe}": print(tag, point.record(), file=sys.stderr, flush=True)  # noqa: E731
         curve: list[Point] = train(
             model,
             data["train"],
             schedule,
             teacher=teacher,
-            groups=parameter_groups(model, *RATES[recipe]),
+            groups=parameter_groups(model, *rates),
             evaluate=watch,
             on_point=say,
         )
@@ -118,13 +122,15 @@ def run(scheme: str, args: argparse.Namespace, data: dict[str, torch.Tensor]) ->
             "tokens": steps * schedule.batch * data["train"].shape[1],
             "learning": done.learning,
             "seconds": curve[-1].seconds,
-            "rates": RATES[recipe],
+            "rates": rates,
             "curve": [point.record() for point in curve],
+            "before": before
+            and {key: before.get(key) for key in ("steps", "tokens", "rates", "curve", "wikitext2", "heldout")},
             "transformers": in_transformers(place, model, data["eval"][:1]),
         }
     for (name, _), score in zip(made.items(), scores(list(made.values()), args.tokens), strict=True):
         row[name] |= score
-    for recipe in ("scales", "full"):
+    for recipe in args.recipes:
         row[recipe]["recovered"] = {
             text: 1 - row[recipe][text]["kl"] / row["gptq"][text]["kl"] for text in ("wikitext2", "heldout")
         }
@@ -134,8 +140,13 @@ def run(scheme: str, args: argparse.Namespace, data: dict[str, torch.Tensor]) ->
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--schemes", nargs="+", default=["int4-channel", "int2-g64"])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=4, help="windows of 256 tokens in a step")
+    parser.add_argument("--recipes", nargs="+", default=["scales", "full"], help="rows of others stay")
+    parser.add_argument("--steps", type=int, default=320, help="of the full recipe; scales take a quarter")
+    parser.add_argument("--batch", type=int, default=8, help="windows of 256 tokens in a step")
+    parser.add_argument(
+        "--rates", nargs=2, type=float, help="peak rates of weights and of the rest, in steps, instead of the recipe's"
+    )
+    parser.add_argument("--go-on", action="store_true", help="start where an earlier run in --work ended")
     parser.add_argument("--only-start", action="store_true", help="quantise the starts in --work, and stop")
     parser.add_argument("--tokens", type=int, default=12_288)
     parser.add_argument("--work", type=Path, default=Path("/tmp/fewbit-qat"))
@@ -145,17 +156,18 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     data = {
-        "train": calibration("default", BASE, 1024, 256, 0, 8192).tokens,
+        "train": calibration("default", BASE, args.steps * args.batch, 256, int(args.go_on), 8192).tokens,
         "eval": windows(TEXT, BASE, 512, 4096, 8192).tokens,
     }
-    known = json.loads(args.out.read_text()) if args.out.exists() else {"schemes": {}}
     for scheme in args.schemes:
         if args.only_start:
             print(scheme, run(scheme, args, data), file=sys.stderr)
             continue
-        known["schemes"][scheme] = run(scheme, args, data)
+        found = run(scheme, args, data)
+        rows = known(args.out)  # now: another process may have written
+        rows[scheme] = {**rows.get(scheme, {}), **found}
         facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "train_windows": len(data["train"])}
-        args.out.write_text(json.dumps({**known, **facts}, indent=1) + "\n")
+        args.out.write_text(json.dumps({"schemes": rows, **facts}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -204,6 +204,17 @@ def start_from(source: Source) -> dict[str, QTensor]:
     return {param: _gathered(source, group) for param, group in slots.items()}
 
 
+def floats_from(source: Source) -> dict[str, torch.Tensor]:
+    """Norms and biases of a quantised checkpoint by parameter name, float32: where `start_from` was trained before, its codes belong to them."""
+    slots = bind(build_model(source.config), source.manifest)
+    plain = {n: s for n, s in slots.items() if n not in source.stored and len(source.manifest[n].shape) == 1}
+    return {
+        slot.param: source.read(name).float()
+        for name, slot in plain.items()
+        if slot.expert is None and slot.rows is None
+    }
+
+
 def _gathered(source: Source, slots: list[Slot]) -> QTensor:
     """One parameter from the stored tensors that it is made of."""
     experts: dict[int | None, list[tuple[int, QTensor]]] = {}

@@ -22,13 +22,14 @@ from torch import nn
 from fewbit.base.errors import InputError, Refusals
 from fewbit.formats.gguf.vocabulary import FILES as VOCABULARY_FILES
 from fewbit.formats.kinds import LEAF_GRID
+from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import Scheme, leaf
 from fewbit.plan.recipe import Recipe
 from fewbit.plan.resolve import resolve
 from fewbit.run.calib import calibration
 from fewbit.run.hf import bind, build_model
 from fewbit.run.source import Source, open_source
-from fewbit.run.trained import export, start_from
+from fewbit.run.trained import export, floats_from, start_from
 from fewbit.runtime.distil import Point, Schedule, fidelity, train
 from fewbit.runtime.linear import weight_of
 from fewbit.runtime.load import fill
@@ -44,9 +45,9 @@ from fewbit.runtime.qat import (
 )
 
 RATES = {
-    "full": (3e-3, 1e-3),
-    "scales": (0.0, 2e-3),
-}  # recipe -> peak learning rate of weights, in steps; of step sizes and floats
+    "full": (1e-2, 1e-2),
+    "scales": (0.0, 2e-2),
+}  # recipe -> peak learning rates of weights and of the rest, in quantisation steps
 WATCHED = 8  # windows set aside to measure KL on
 
 
@@ -89,7 +90,7 @@ def train_checkpoint(
     recipe: str = "full",
     schedule: Schedule = Schedule(),  # noqa: B008
     text: str = "default",
-    samples: int = 512,
+    samples: int = 2400,
     length: int = 256,
     rates: tuple[float, float] | None = None,
     overwrite: bool = False,
@@ -124,7 +125,7 @@ def train_checkpoint(
             student,
             scheme,
             recipe="scales" if recipe == "scales" else "full",
-            start=_start(start),
+            start=None if start is None else take_start(student, start),
             skip=[f"re:^{re.escape(t.name)}$" for t in find_targets(student) if t.name not in names],
             floats=_float_grid(source),
         )
@@ -224,13 +225,24 @@ def vocabulary(model: nn.Module) -> int:
     return weight_of(cast("_Embedding", model).get_input_embeddings()).shape[0]
 
 
-def _start(path: str | Path | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
+def take_start(student: nn.Module, path: str | Path) -> dict[str, QTensor]:
+    """The codes of a quantised checkpoint, for `prepare`; its norms and biases are put into the student, which may have been trained with them.
+
+    Raises:
+        InputError: FB-E0914 when it holds no quantised weights, or floats of another shape.
+    """
     with open_source(path) as source:
-        found = start_from(source)
+        found, floats = start_from(source), floats_from(source)
     if not found:
         raise InputError("FB-E0914", "the start holds no quantised weights", file=path)
+    params = dict(student.named_parameters())
+    with torch.no_grad():
+        for name, value in floats.items():
+            if name in params and params[name].shape != value.shape:
+                what = f"the start holds {tuple(value.shape)}, the model {tuple(params[name].shape)}"
+                raise InputError("FB-E0914", what, tensor=name)
+            if name in params:
+                params[name].copy_(value)
     return found
 
 

@@ -33,8 +33,8 @@ class Schedule:
         every: steps between evaluations. seed: of the order of the windows.
     """
 
-    steps: int = 200
-    batch: int = 4
+    steps: int = 300
+    batch: int = 8
     lr: float = 1e-3
     warmup: float = 0.05
     floor: float = 0.05

@@ -35,7 +35,7 @@ from fewbit.num.qtensor import QTensor, decode_codes, expand, values_of
 from fewbit.num.scheme import Scheme
 
 PARTS = ("scale", "code_shift", "value_shift")
-MARGIN = 0.5  # how far from the border of its cell, as a share of the way, a weight starts that a solver rounded elsewhere than to nearest
+MARGIN = 0.5  # how far from the border of its cell every weight starts, as a share of the way there: what one noisy update can flip, a consistent gradient need not
 LEAST_SCALE = 2.0**-10  # a scale may shrink to this share of its start, never through zero
 
 
@@ -310,10 +310,11 @@ def _as_counts(values: torch.Tensor, scheme: Scheme, counts: tuple[int, ...]) ->
 
 @torch.no_grad()
 def inside_cells(q: QTensor, w: torch.Tensor, steps: int = 12) -> torch.Tensor:
-    """The tensor nearest to w, on the way to it from q's values, that still rounds to q's codes.
+    """The tensor nearest to w, on the way to it from q's values, that rounds to q's codes with some way to go to any other.
 
-    Training that starts here starts exactly at q, which a solver chose, with every weight leaning to its float value. Those that would round elsewhere stop half-way
-    to the border: at the border itself the first updates would flip them all at once (on the sample at 2 bits that took KL from .23 to 2).
+    Training that starts here starts exactly at q, which a solver chose, with every weight leaning to its float value. Weights at the border of their cell would be
+    flipped by the noise of the first updates, all at once (on the sample at 2 bits that took KL from .23 to 2 for those that a solver had pushed across it, and
+    cost most of what was learnt for the rest); from inside, only a gradient that keeps its sign gets them there.
 
     Args:
         q: quantised, [.., out, in]. w: floating, the same shape.
@@ -327,16 +328,17 @@ def inside_cells(q: QTensor, w: torch.Tensor, steps: int = 12) -> torch.Tensor:
         moved = centre + (share.repeat_interleave(dim, -1) if dim > 1 else share) * (w - centre)
         return snap(q.scheme, moved, params).reshape(codes.shape) == codes
 
-    far = torch.ones(codes.shape, device=w.device)
+    far = torch.full(
+        codes.shape, 1 / (1 - MARGIN), device=w.device
+    )  # who keeps the code from here is far from a border
     whole = keeps(far)
     if bool(whole.all()):
         return w
-    near = whole.float()
+    near = torch.zeros_like(far)
     for _ in range(steps):
         middle = (near + far) / 2
         good = keeps(middle)
-        near = torch.where(good, middle, near)
-        far = torch.where(good | whole, far, middle)
-    near = torch.where(whole, near, near * (1 - MARGIN))
-    share = near.repeat_interleave(dim, -1) if dim > 1 else near
+        near, far = torch.where(good, middle, near), torch.where(good, far, middle)
+    share = torch.where(whole, 1, (near * (1 - MARGIN)).clamp_max(1))
+    share = share.repeat_interleave(dim, -1) if dim > 1 else share
     return torch.where(share == 1, w, centre + share * (w - centre))

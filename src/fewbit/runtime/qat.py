@@ -377,20 +377,30 @@ def _plain(model: nn.Module) -> list[tuple[str, nn.Module, str, FakeQuantise]]:
 
 
 def parameter_groups(model: nn.Module, lr: float, scale_lr: float) -> list[dict[str, Any]]:
-    """Groups for an optimiser. No weight decay: it would pull at the rounding.
+    """Groups for an optimiser, rates in units of a quantisation step. No weight decay: it would pull at the rounding.
 
     Args:
-        lr: of weights, as a share of their own mean step size: what one update of Adam moves a weight on the way to the next level.
-        scale_lr: of step sizes (a share of themselves), shifts and floats.
+        lr: of weights: what one update of Adam moves a weight on its way to the next level, as a share of its tensor's mean step.
+        scale_lr: of everything else, as a share of a step too: what an update moves a shift, or the outermost level by its step size. A step size learns as a share
+            of itself, so its rate is this over half the number of levels; norms and biases, which act on all levels likewise, follow the mean of those.
     """
-    groups, behind = [], set()
+    groups: list[dict[str, Any]] = []
+    rates: dict[float, list[nn.Parameter]] = {}
+    reaches, placed = [], set()
     for _, module, attribute, fake in fakes(model):
+        if fake.scheme.is_leaf:
+            continue
         param = original(module, attribute)
-        if not fake.scheme.is_leaf and param.requires_grad:
+        if param.requires_grad:
             step = float(fake.parts["scale"].get_buffer("start").abs().mean()) if "scale" in fake.parts else 1.0
             groups.append({"params": [param], "lr": lr * step, "weight_decay": 0.0})
-            behind.add(id(param))
-    rest = [param for param in model.parameters() if param.requires_grad and id(param) not in behind]
-    if rest:
-        groups.append({"params": rest, "lr": scale_lr, "weight_decay": 0.0})
-    return groups
+            placed.add(id(param))
+        reaches.append(2.0 ** (float(fake.scheme.grid.bits) - 1))
+        for name, param in fake.parts.named_parameters():
+            if param.requires_grad:
+                shifts = name in ("code_shift.delta", "value_shift.delta")
+                rates.setdefault(scale_lr / (1.0 if shifts else reaches[-1]), []).append(param)
+                placed.add(id(param))
+    usual = scale_lr * len(reaches) / sum(reaches) if reaches else scale_lr
+    rates.setdefault(usual, []).extend(p for p in model.parameters() if p.requires_grad and id(p) not in placed)
+    return groups + [{"params": found, "lr": rate, "weight_decay": 0.0} for rate, found in rates.items() if found]

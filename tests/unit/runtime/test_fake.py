@@ -10,7 +10,7 @@ from fewbit.math.scales import quantize
 from fewbit.num.grid import IntGrid
 from fewbit.num.qtensor import QTensor, decode_codes, expand, level_table
 from fewbit.num.scheme import parse_scheme
-from fewbit.runtime.fake import FakeQuantise, edges, inside_cells, sum_blocks
+from fewbit.runtime.fake import MARGIN, FakeQuantise, edges, inside_cells, sum_blocks
 
 WORDS = (
     "int4-channel", "int8-tensor", "int3-g32", "int4-g64-asym", "uint4-g32-min", "uint4-g64-asym{f16}", "int2-g64", "fp8", "fp8-e4m3-block128",
@@ -133,7 +133,7 @@ def test_it_starts_where_the_solver_ended(word: str) -> None:
     q = quantize(scheme, w)
     fake = FakeQuantise(q)
     latent = inside_cells(q, w)
-    assert float((latent - w).norm()) < 0.1 * float(w.norm())
+    assert float((latent - w).norm()) < 0.15 * float(w.norm())
     assert torch.equal(fake(latent), q.dequantize())
     fixed = FakeQuantise(q, keep_codes=True)
     empty = fixed.right_inverse(w)
@@ -164,8 +164,12 @@ def test_a_start_keeps_another_solvers_codes(word: str) -> None:
     assert torch.equal(fake(latent), q.dequantize())
     assert float((latent - w).norm()) < float((q.dequantize() - w).norm())
     if word == "int4-g32":
-        untouched = fake.qtensor(w).codes == q.codes
-        assert torch.allclose(latent[untouched], w[untouched], atol=1e-6)
+        s = expand(q.scale.float(), scheme, q.shape).reshape(q.shape)
+        off = (w / s - q.codes).abs()
+        inner = (q.codes > -8) & (q.codes < 7)  # the outermost cells have no outer border
+        assert float((latent / s - q.codes)[inner].abs().max()) < 0.5 * (1 - MARGIN) + 1e-3
+        near = off < 0.5 * (1 - MARGIN) - 1e-3
+        assert torch.equal(latent[near], w[near]) and 0.1 < float(near.float().mean()) < 0.8
 
 
 def test_scales_learn_and_stay_storable() -> None:

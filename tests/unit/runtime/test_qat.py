@@ -55,7 +55,7 @@ def ids(rows: int = 4, length: int = 16, seed: int = 0) -> torch.Tensor:
 
 
 def step(model: nn.Module, tokens: torch.Tensor, count: int = 2) -> None:
-    train(model, tokens, Schedule(steps=count, batch=2, every=10), groups=parameter_groups(model, 2e-2, 1e-2))
+    train(model, tokens, Schedule(steps=count, batch=2, every=10), groups=parameter_groups(model, 0.3, 0.3))
 
 
 @pytest.mark.parametrize(
@@ -217,13 +217,32 @@ def test_training_follows_a_teacher() -> None:
         tokens,
         Schedule(steps=30, batch=4, every=15),
         teacher=teacher,
-        groups=parameter_groups(student, 3e-2, 1e-2),
+        groups=parameter_groups(student, 5e-2, 2e-2),
         evaluate=watch,
         on_point=seen.append,
     )
     assert [point.step for point in curve] == [0, 15, 30] and seen == curve
     assert curve[-1].measures["kl"] < 0.5 * curve[0].measures["kl"]
     assert fidelity(teacher, teacher, [tokens])["kl"] == 0
+
+
+def test_rates_are_in_steps() -> None:
+    """One update of Adam moves weights, shifts and the outermost level by the rate times a step, whatever the bits."""
+    for word, levels in (("int2-g32-asym", 4), ("int4-channel", 16), ("nf4-g64-dq", 16)):
+        model = make()
+        prepare(model, word)
+        groups = parameter_groups(model, 3e-3, 1e-2)
+        rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+        assert rate.keys() == {id(p) for p in model.parameters() if p.requires_grad}
+        for _, module, attribute, fake in fakes(model):
+            if fake.scheme.is_leaf:
+                assert rate[id(original(module, attribute))] == pytest.approx(1e-2 / (levels / 2))
+                continue
+            step = float(fake.parts["scale"].start.abs().mean())
+            assert rate[id(original(module, attribute))] == pytest.approx(3e-3 * step)
+            assert rate[id(fake.parts["scale"].delta)] == pytest.approx(1e-2 / (levels / 2))
+            if "code_shift" in fake.parts:
+                assert rate[id(fake.parts["code_shift"].delta)] == 1e-2
 
 
 def test_divergence_is_the_mean_kl_and_its_gradient() -> None:
