@@ -224,7 +224,8 @@ def _phases(
         phases["loss"] = (inputs, trunk + max(5 * 4 * logits + batch, block))
     for jobs in shapes.blocks:
         for name, taken in _block_phases(shapes, plan, jobs, solved, workers).items():
-            host = streams + (kept if name == "blocks" else 0)
+            wanted = 0 if spill else shapes.states(shapes.samples)
+            host = streams + {"blocks": kept, "together": wanted}[name]
             phases[name] = (host, max(phases.get(name, (0, 0))[1], taken))
     if "spin" in plan.recipe["rewrites"]:
         phases["rotate"] = (0, _rotation_bytes(shapes, plan))

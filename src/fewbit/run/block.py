@@ -37,7 +37,7 @@ from fewbit.run.observe import Observer, StopForward, Use
 from fewbit.run.passes import Kept, Stream, kept_bytes, survey
 from fewbit.run.stages import Block, ByExpert, Stage, find_stages, top_up
 from fewbit.run.start import batch_size, block_model, fill, lanes_for, text_for
-from fewbit.run.together import Together, wants
+from fewbit.run.together import Together, ideal_block, wants
 from fewbit.solve.table import Solved
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ class Calibrated:
         self.model = block_model(run.source, run.settings.device)
         self.answers = Answers(groups, run, self.model.device)
         self.needs = frozenset(run.plan.needs)
-        self.together = any(wants(made) for made in self.answers.by_tensor.values())
         text = text_for(run.source, run.plan.recipe, run.sinks[0])
         for warning in text.warnings:
             run.settings.on_event({"event": "note", "text": f"warning: {warning}"})
@@ -84,9 +83,7 @@ class Calibrated:
         trim()
         entry = self.model.enter(trunk, self.tokens[: self.batch])
         sequences = {"quantised": self.tokens.shape[0]}
-        if "cross_gram" in self.needs and (
-            self.together or any(options.get("drift", True) for options in self._options())
-        ):
+        if "cross_gram" in self.needs and any(options.get("drift", True) for options in self._options()):
             sequences["float"] = self._samples("drift_samples")
         shape = (self.tokens.shape[1], entry.hidden.shape[-1])
         stores = []
@@ -160,9 +157,8 @@ class Calibrated:
         slots = self._slots(block.index)
         self.answers.grams = load_grams(self.scratch, block.index)
         solved: dict[str, tuple[Slot, Found]] = {}
-        together = floats is not None and any(
-            wants(self.answers.by_tensor[s.name]) for held in slots.values() for s in held
-        )
+        corrections: dict[str, torch.Tensor] = {}
+        together = any(wants(self.answers.by_tensor[s.name]) for held in slots.values() for s in held)
         stages, kept = self._structure(block, params, slots, quantised.get(0)[:1])
         first, second = self._streams(block, stages, kept, params, originals, quantised, floats)
         for number, stage in enumerate(stages):
@@ -170,18 +166,21 @@ class Calibrated:
             if second is not None and originals is not None and not second.left:
                 originals.clear()  # the float stream is through: its block need not lie beside the last stage's grams
             self._top_up(block, stage, params, quantised, stats)
+            correction = None if None not in stats else stats[None].correction
             for slot, found in self._solve(stage, slots, stats):
                 self.answers.put_back(params, self.model.local(block.index, slot), slot, found[0][1].q)
                 solved[slot.name] = (slot, found if together else [])
+                if together and correction is not None:
+                    corrections[slot.name] = correction
                 for group, piece in [] if together else found:
                     yield from self.answers.assembled(group, slot.name, piece)
         for slot in (slot for held in slots.values() for slot in held if slot.name not in solved):
             yield from self.answers.without_stats(slot.name, "no matrix product of the calibration pass used it")
         if second is not None:
             second.finish(self.run._check_stop)
-        if together and floats is not None:
+        if together:
             first.close()
-            yield from self._improve(block, params, quantised, floats, solved)
+            yield from self._improve(block, params, quantised, corrections, solved)
         else:
             first.finish(self.run._check_stop)
 
@@ -203,20 +202,32 @@ class Calibrated:
         block: Block,
         params: Params,
         quantised: ActStore,
-        wanted: ActStore,
+        corrections: dict[str, torch.Tensor],
         solved: dict[str, tuple[Slot, Found]],
     ) -> Iterator[tuple[Group, Solved]]:
         """Lets solvers improve the block's answers together, then takes the hidden states through it."""
-        metric = self.answers.grams.get(OUTPUT)
-        whole = Together(block, params, quantised, wanted, metric, self.answers)
+        slots = {name: slot for name, (slot, _) in solved.items()}
         found = {name: pieces for name, (_, pieces) in solved.items()}
-        whole.improve(found, {name: slot for name, (slot, _) in solved.items()}, self.run._check_stop)
+        path = self.scratch / "acts-wanted.live" if self.room.spill else None
+        wanted = ActStore(quantised.shape, quantised.dtype, quantised.batch, path)
+        try:
+            ideal = ideal_block(block, params, slots, corrections, self.answers)
+            self._pass(block, ideal, quantised, wanted)
+            del ideal
+            whole = Together(block, params, quantised, wanted, self.answers.grams.get(OUTPUT), self.answers)
+            whole.improve(found, slots, self.run._check_stop)
+        finally:
+            wanted.close()
         for name, pieces in found.items():
             for group, piece in pieces:
                 yield from self.answers.assembled(group, name, piece)
+        self._pass(block, params, quantised, quantised)
+
+    def _pass(self, block: Block, params: Params, source: ActStore, target: ActStore) -> None:
+        """Takes all hidden states through a block."""
         in_lanes(
-            len(quantised), self.lanes, lambda k: quantised.put(k, block.run(params, quantised.get(k))), self.run._check_stop
-        )  # fmt: skip
+            len(source), self.lanes, lambda k: target.put(k, block.run(params, source.get(k))), self.run._check_stop
+        )
 
     def _streams(
         self,

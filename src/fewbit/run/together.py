@@ -1,7 +1,11 @@
 """Solvers that improve all weights of a block together: what they need of the running block.
 
 loss(weights, batch)  =  what the block makes of the quantised model's hidden states with these weights
-                         against what the float block made of the float model's, squared (in the metric of the loss, where it is known)
+                         against what the ideal block makes of the same, squared (in the metric of the loss, where it is known)
+
+The ideal block has the float weights, its last product corrected for what the quantised model got wrong so far as the inputs tell of it
+(`run.drift`). What the float model's own hidden states would give is no better a target: most of the difference is nothing that this block's weights
+can mend, and gradients then follow its noise. Measured on a block of the sample at 2 bits (dev/LOG.md).
 """
 
 from __future__ import annotations
@@ -30,8 +34,7 @@ class Together:
 
     Args:
         params: the block's weights as the first output has them; changed when that output's answers improve.
-        quantised: inputs of the block in the quantised model; wanted: outputs of the float block in the
-            float model, perhaps of the first sequences only.
+        quantised: inputs of the block in the quantised model; wanted: what the ideal block makes of them.
         metric: float32 [width, width], gram of the loss gradients at the block's outputs, or None.
     """
 
@@ -123,9 +126,31 @@ class Together:
                 trial[local] = params[local].clone()
             slot.view(trial[local]).copy_(value)
         wanted = self.wanted.get(batch).to(self.block.model.device)
-        error = (self.block.run(trial, self.quantised.get(batch)[: wanted.shape[0]]) - wanted).float().flatten(0, -2)
+        error = (self.block.run(trial, self.quantised.get(batch)) - wanted).float().flatten(0, -2)
         moved = error if self.metric is None else error @ self.metric
         return (moved * error).sum() / error.shape[0]
+
+
+def ideal_block(
+    block: Block,
+    params: Params,
+    slots: Mapping[str, Slot],
+    corrections: Mapping[str, torch.Tensor],
+    answers: Answers,
+) -> Params:
+    """A block's parameters with the float weights in their places (stored name -> slot), corrected where a correction [out, in] is known."""
+    found = dict(params)
+    for name, slot in slots.items():
+        local = block.model.local(block.index, slot)
+        if found[local] is params[local]:
+            found[local] = params[local].clone()
+        value = answers.matrix(name)
+        if name in corrections:
+            value = value.float() + corrections[name].to(value.device)
+        if answers.known[name].transposed:
+            value = value.transpose(-1, -2)
+        slot.view(found[local]).copy_(value.to(found[local].dtype))
+    return found
 
 
 def _of(pieces: Found, output: int) -> int | None:

@@ -198,7 +198,7 @@ SOLVER = Solver(
     together=together,
     options={
         **gptq.SOLVER.options,
-        "drift_samples": 128,  # sequences of which the float block's outputs are known
+        "drift_samples": 128,
         "start": "gptq",
         "iterations": Schedule.iterations,
         "rate": Schedule.rate,
