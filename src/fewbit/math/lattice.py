@@ -36,23 +36,27 @@ class Effort:
         ladder: scales tried for a block, as the level that its largest weight is put on, in units of the largest level.
         trials: odd numbers that a block tries with real vectors, 1 to 3.
         refine: whether the super-scale is then made the least-squares one.
-        unbias: share of the least-squares shrinkage that is undone (`kquants_tiles.growth`); `fit` undoes none.
+        unbias: share of the least-squares shrinkage that is undone (`kquants_tiles.growth`); beyond 1 it stretches.
+        emphatic: whether errors of large weights weigh more (`vectors.load_super`).
+
+    The last two are for `quantize`: they cost weighted error and gain KL. `fit`, for solvers that feed errors back, takes the plain least squares.
     """
 
     ladder: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
     trials: int = 2
     refine: bool = True
     unbias: float = 0.5
+    emphatic: bool = False
 
 
 EFFORTS: dict[str, Effort] = {
-    "iq2xxs": Effort(trials=3, unbias=0.8),
-    "iq2xs": Effort(trials=3, unbias=0.8),
-    "iq2s": Effort((0.45, 0.58, 0.71, 0.84, 0.97, 1.1), trials=2, refine=False),
+    "iq2xxs": Effort(trials=3, unbias=0.65, emphatic=True),
+    "iq2xs": Effort(trials=3, unbias=0.8, emphatic=True),
+    "iq2s": Effort((0.45, 0.58, 0.71, 0.84, 0.97, 1.1), trials=3, refine=False, unbias=0.7, emphatic=True),
     "iq3xxs": Effort(trials=3, unbias=0.6),
-    "iq3s": Effort((0.55, 0.7, 0.8, 0.9, 1.0, 1.1), trials=2, refine=False),
-    "iq1": Effort((0.25, 0.35, 0.45, 0.55, 0.7, 0.9), trials=1, refine=False),
-    "iq1m": Effort((0.3, 0.42, 0.56, 0.75), trials=1, refine=False),
+    "iq3s": Effort((0.55, 0.7, 0.8, 0.9, 1.0, 1.1), trials=3, refine=False, unbias=1.4, emphatic=True),
+    "iq1": Effort((0.25, 0.35, 0.45, 0.55, 0.7, 0.9), trials=1, refine=False, unbias=0.55, emphatic=True),
+    "iq1m": Effort((0.3, 0.42, 0.56, 0.75), trials=1, refine=False, emphatic=True),
 }
 
 
@@ -60,19 +64,19 @@ def fit(
     scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None = None, search: Search = DEFAULT_SEARCH
 ) -> Params:
     """`math.scales.fit` for vector codes; every method means the same search."""
-    return _run(scheme, w, importance, unbias=False)[1]
+    return _run(scheme, w, importance, for_kl=False)[1]
 
 
 def quantize(
     scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None = None, search: Search = DEFAULT_SEARCH
 ) -> QTensor:
     """`math.scales.quantize` for vector codes."""
-    codes, params = _run(scheme, w, importance, unbias=True)
+    codes, params = _run(scheme, w, importance, for_kl=True)
     return assemble(scheme, tuple(w.shape), codes, params)
 
 
 def _run(
-    scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None, *, unbias: bool
+    scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None, *, for_kl: bool
 ) -> tuple[torch.Tensor, Params]:
     """int32 codes and stored parameters.
 
@@ -85,7 +89,7 @@ def _run(
     if cols % SUPER:
         raise InputError("FB-E0602", f"{scheme} needs rows of a multiple of {SUPER} weights, got {cols}")
     if w.device.type != "cpu":
-        codes, params = _run(scheme, w.cpu(), None if importance is None else importance.cpu(), unbias=unbias)
+        codes, params = _run(scheme, w.cpu(), None if importance is None else importance.cpu(), for_kl=for_kl)
         moved = {name: part.to(w.device) for name, part in vars(params).items() if part is not None}
         return codes.to(w.device), Params(**moved)
     layout, codebook, ladder = _layout(scheme, grid), _book(grid.name), _ladder(grid.name)
@@ -104,7 +108,8 @@ def _run(
             ladder,
             effort.trials,
             effort.refine,
-            _F(effort.unbias if unbias else 0),
+            effort.emphatic and for_kl,
+            _F(effort.unbias if for_kl else 0),
             *out,
         )
     counts = scheme.block_counts(tuple(w.shape))

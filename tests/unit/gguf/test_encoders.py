@@ -7,11 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from numba import njit
 
 from fewbit.base.errors import InputError
 from fewbit.formats.gguf.codecs import to_blocks
 from fewbit.formats.gguf.types import FLOATS, TYPES
 from fewbit.math.kernels.kquants_tiles import F, growth, round_f16
+from fewbit.math.kernels.lanes import half, load, root, store
+from fewbit.math.lattice import EFFORTS
 from fewbit.math.scales import Search, assemble, effective, fit, fit_plain, quantize, snap
 from fewbit.num.grid import VectorGrid
 from fewbit.num.qtensor import QTensor
@@ -31,6 +34,16 @@ def weights(rows: int, cols: int, seed: int = 0) -> tuple[torch.Tensor, torch.Te
 
 def error(w: torch.Tensor, q: QTensor, importance: torch.Tensor | float = 1.0) -> float:
     return float(((w.float() - q.dequantize()).double() ** 2 * importance).sum())
+
+
+def counted(name: str, w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """What `quantize` weighs the errors of a type of vector codes by: the importance, or that with emphasis on large weights."""
+    if not EFFORTS[TYPES[name].scheme.grid.name].emphatic:
+        return h
+    x = w.unflatten(-1, (-1, 256))
+    return (
+        h.expand(w.shape).unflatten(-1, (-1, 256)) * (2 * x.square().mean(-1, keepdim=True) + x * x).sqrt()
+    ).flatten(-2)
 
 
 def agreement(w: torch.Tensor, q: QTensor, h: torch.Tensor) -> float:
@@ -57,13 +70,16 @@ def test_no_worse_than_the_plain_reference(name: str) -> None:
 def test_shrinkage_is_undone_in_part(name: str) -> None:
     scheme = TYPES[name].scheme
     w, h = weights(12, 512)
-    params, q = fit(scheme, w, h), quantize(scheme, w, h)
+    q = quantize(scheme, w, h)
+    h = counted(name, w, h) if name in VECTORS else h
+    params = fit(scheme, w, h)
     shrunk = agreement(w, assemble(scheme, tuple(w.shape), q.codes, params), h)
     held = agreement(w, q, h)
     if name.startswith("TQ"):  # weights that are ternary indeed must come back as they are
         assert held == shrunk
     else:
-        assert shrunk < 1 and shrunk - 1e-4 < held < 1.002
+        # IQ3_S is stretched a little beyond, as ggml multiplies its scale by 1.033
+        assert shrunk < 1 and shrunk - 1e-4 < held < (1.01 if name == "IQ3_S" else 1.002)
     if name in ("Q2_K", "Q3_K", "Q4_0", "IQ2_XXS", "IQ3_XXS"):
         assert 1 - held < 0.8 * (1 - shrunk)
 
@@ -95,6 +111,7 @@ def test_vectors_are_the_nearest_under_their_scales(name: str) -> None:
     w, h = weights(2, 512, seed=2)
     q = quantize(scheme, w, h)
     q.check()
+    h = counted(name, w, h)
     params = fit(scheme, w, h)
     exact = QTensor(
         scheme, tuple(w.shape), snap(scheme, w, params, h), params.scale, params.code_shift, params.value_shift
@@ -111,7 +128,7 @@ def test_vectors_are_the_nearest_under_their_scales(name: str) -> None:
 @pytest.mark.parametrize("name", QUANTISED)
 def test_importance_moves_the_error(name: str) -> None:
     scheme = TYPES[name].scheme
-    w, h = weights(4, 512, seed=3)
+    w, h = weights(32, 1024, seed=3)
     weighted, plain = quantize(scheme, w, h), quantize(scheme, w)
     assert error(w, weighted, h) < error(w, plain, h)
     assert error(w, plain) < error(w, weighted)
@@ -225,3 +242,25 @@ def test_round_f16_is_numpys() -> None:
     ).astype(np.float32)
     expected = np.clip(values, -65504, 65504).astype(np.float16).astype(np.float32)
     assert np.array_equal(np.array([round_f16(v) for v in values], np.float32), expected)
+    assert np.array_equal(_lanes_of(values)[0], expected)
+
+
+@njit
+def _halves_and_roots(values, halves, roots):
+    for at in range(0, values.size, 16):
+        x = load(values, at)
+        store(halves, at, half(x))
+        store(roots, at, root(x * x))
+
+
+def _lanes_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(float16 of lanes, roots of their squares)."""
+    padded = np.concatenate([values, np.zeros(-len(values) % 16, np.float32)])
+    halves, roots = np.empty_like(padded), np.empty_like(padded)
+    _halves_and_roots(padded, halves, roots)
+    return halves[: len(values)], roots[: len(values)]
+
+
+def test_roots_of_lanes_are_numpys() -> None:
+    values = (np.random.default_rng(1).standard_normal(1000) * 10).astype(np.float32)
+    assert np.array_equal(_lanes_of(values)[1], np.sqrt(values * values))

@@ -222,14 +222,15 @@ def _solve(target, weight, codebook, layout, ladder, trials, refine, unbias, for
 
 
 @njit(nogil=True, cache=True, parallel=True, error_model="numpy")
-def quantize_vectors(x, h, codebook, layout, ladder, trials, refine, unbias, codes, k_out, shift_out, d_out):
+def quantize_vectors(x, h, codebook, layout, ladder, trials, refine, emphatic, unbias, codes, k_out, shift_out, d_out):
     """Quantise super-blocks of 256 weights coded eight at a time.
 
     Args:
         x: float32 [n * 256]; h: float32 [period], importance repeating along x (period a multiple of 256).
         codebook, layout: the grid; ladder: scales tried, as fractions of a block's largest weight.
         trials: odd numbers that a block tries with real vectors, 1 to 3; refine: whether d is then made the least-squares one.
-        unbias: share of the shrinkage that step 4 undoes, 0 to 1.
+        emphatic: whether errors of large weights weigh more (`vectors.load_super`).
+        unbias: share of the shrinkage that step 4 undoes; beyond 1 it stretches.
         codes: out, int32 [n * 32]; k_out: out, uint8 [n * 32 / per_block]; shift_out: out, uint8 [n * 32 / per_shift];
         d_out: out, float32 [n], representable in float16.
     """
@@ -239,7 +240,7 @@ def quantize_vectors(x, h, codebook, layout, ladder, trials, refine, unbias, cod
         forms = np.empty((2 * n ** (4 // layout.parts) + 2 * n + 2 * n * n) * 16, np.float32)
         group, index, s = np.empty(48, np.float32), np.zeros(layout.parts * 32, np.int64), np.zeros(SCRATCH, np.float32)
         for sup in range(chunk * 8, min(supers, chunk * 8 + 8)):
-            load_super(x, h, sup * 256, layout.sign_bits, target, weight, signs, group)
+            load_super(x, h, sup * 256, layout.sign_bits, emphatic, target, weight, signs, group)
             k, d = _solve(
                 target, weight, codebook, layout, ladder, trials, refine, unbias, forms, group, index, s
             )  # fmt: skip

@@ -172,6 +172,17 @@ def rint(typingctx, x):
 
 
 @intrinsic
+def root(typingctx, x):
+    """The square root, correctly rounded."""
+
+    def codegen(context, builder, signature, args):
+        kind = ir.FunctionType(_VF, [_VF])
+        return builder.call(builder.module.declare_intrinsic(f"llvm.sqrt.v{WIDTH}f32", fnty=kind), args)
+
+    return Lanes(Lanes), codegen
+
+
+@intrinsic
 def half(typingctx, x):
     """The nearest float16, ties to even; beyond the largest it stays there."""
 

@@ -24,7 +24,7 @@ import numpy as np
 from numba import njit
 
 from fewbit.math.kernels.kquants_tiles import F, transpose
-from fewbit.math.kernels.lanes import higher, load, lower, splat, store, where_greater
+from fewbit.math.kernels.lanes import higher, load, lower, root, splat, store, total, where_greater
 
 
 class Book(NamedTuple):
@@ -186,13 +186,28 @@ def loose_errors(target, weight, tile, scale, levels, shift):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def load_super(x, h, start, sign_bits, target, weight, signs, scratch):
-    """The super-block from weight `start` on as two tiles: targets with signs folded in, importance, sign bits of the codes in order.
+def _emphasise(target, weight):
+    """Importance times sqrt(2 mean(x^2) + x^2): large weights count for more, as they do in ggml's encoders."""
+    energy = splat(F(0))
+    for row in range(0, 256, 16):
+        value = load(target, row)
+        energy = energy + value * value
+    level = splat(total(energy) * F(1 / 128))
+    for row in range(0, 256, 16):
+        value = load(target, row)
+        store(weight, row, load(weight, row) * root(level + value * value))
 
-    h repeats along x, its period a multiple of 256; signs: out, int64 [32]; scratch: float32 [48].
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def load_super(x, h, start, sign_bits, emphatic, target, weight, signs, scratch):
+    """The super-block from weight `start` on as two tiles: targets with signs folded in, what errors weigh, sign bits of the codes in order.
+
+    h repeats along x, its period a multiple of 256; emphatic: whether large weights' errors weigh more; signs: out, int64 [32]; scratch: float32 [48].
     """
     transpose(x, start, 16, target, 0)
     transpose(h, start % h.size, 16, weight, 0)
+    if emphatic:
+        _emphasise(target, weight)
     if sign_bits == 0:
         return
     zero, one = splat(F(0)), splat(F(1))
