@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from fewbit.base.errors import ResourceError
-
-
-def trim() -> None:
-    """Gives memory that was freed back to the system, where the C library can (glibc): else it counts as resident until it is used again."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
+from fewbit.base.resident import trim as trim
 
 
 class ByteGate:

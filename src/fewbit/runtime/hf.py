@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fewbit.base.errors import InputError
+from fewbit.base.resident import straight_from_the_system
 from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import parse_scheme
 from fewbit.runtime.linear import ABOUT, QuantLinear
@@ -124,6 +126,7 @@ class FewbitHfQuantizer(HfQuantizer):
         self.targets: set[str] = set()  # paths of layers to round while loading
         self.made: dict[str, QuantLinear] = {}
         self.stored: Stored | None = None
+        self.loading = ExitStack()  # what holds between the two calls around the loading of weights
 
     @property
     def is_trainable(self) -> bool:
@@ -134,6 +137,7 @@ class FewbitHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         files = kwargs.get("checkpoint_files") or []
+        self.loading.enter_context(straight_from_the_system())
         self.stored = _stored(model, files)
         if self.stored is None:
             if self.quantization_config.scheme is None:
@@ -197,6 +201,7 @@ class FewbitHfQuantizer(HfQuantizer):
             layer.bias = model.get_submodule(path).bias
             setattr(model.get_submodule(parent), attribute, layer.train(model.training))
         self.made, self.targets, self.stored = {}, set(), None
+        self.loading.close()
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import fewbit as fb
+from fewbit.base import resident
 from fewbit.base.errors import InputError
 from fewbit.nn import FewbitConfig, QuantLinear, quantize_
 from fewbit.runtime import hf
@@ -71,6 +74,30 @@ def test_never_more_than_one_float_weight(llama: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(hf.FewbitHfQuantizer, "take", watched)
     AutoModelForCausalLM.from_pretrained(llama, quantization_config=FewbitConfig("nf4"), dtype="auto")
     assert len(seen) == 14 and max(seen) == 0
+
+
+def test_what_is_freed_while_loading_goes_back_to_the_system(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(resident, "_mallopt", sizes.append)
+    AutoModelForCausalLM.from_pretrained(llama, quantization_config=FewbitConfig("int4-g32"), dtype="auto")
+    assert sizes == [1 << 20, resident.LARGEST]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_blocks_between_small_ones_that_stay_are_given_back() -> None:
+    with resident.straight_from_the_system():
+        before = resident_bytes()
+        large, small = [], []
+        for _ in range(64):
+            large.append(torch.ones(1 << 19))  # 2 MB each
+            small.append(torch.ones(256))
+        assert resident_bytes() - before > 120 << 20
+        large.clear()
+        assert resident_bytes() - before < 16 << 20 and len(small) == 64
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize(

@@ -52,10 +52,16 @@ def to_layout(q: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     del held["codes"]
     rows, cols = q.shape
     middle = 8 if q.scheme.grid.low < 0 else 0
-    codes = torch.nn.functional.pad(q.codes.to(torch.int32) + middle, (0, 0, 0, -rows % ROWS))
-    held["int4"] = torch._convert_weight_to_int4pack_for_cpu(codes.contiguous(), 2)
+    packed = [_packed(slab, middle) for slab in q.codes.reshape(rows, cols).split(4 * SLAB)]
+    held["int4"] = torch.cat(packed)
     held["table"] = _table(q.scheme, (rows, cols), held, 8 - middle).to(dtype)
     return held
+
+
+def _packed(codes: torch.Tensor, middle: int) -> torch.Tensor:
+    """Codes [rows, cols] of whole slabs (the last may be short) in torch's order, which asks for int32: eight times the bytes of what it makes."""
+    wide = torch.nn.functional.pad(codes.to(torch.int32) + middle, (0, 0, 0, -codes.shape[0] % ROWS))
+    return torch._convert_weight_to_int4pack_for_cpu(wide.contiguous(), 2)
 
 
 def _table(scheme: Scheme, shape: tuple[int, ...], held: Held, middle: int) -> torch.Tensor:
