@@ -115,6 +115,7 @@ def run(scheme: str, args: argparse.Namespace, data: dict[str, torch.Tensor]) ->
                 "compressed-tensors",
                 args.work / f"{recipe}-{scheme}",
                 overwrite=True,
+                training={"recipe": recipe, "rates": rates, "steps": steps, "curve": [p.record() for p in curve]},
             )
         made[recipe] = place
         row[recipe] = {
