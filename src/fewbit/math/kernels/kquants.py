@@ -60,9 +60,7 @@ class Effort:
 _IQ4 = Effort((-127, -122, -117, -132, -137, -110, 113, 108, 118, 123, 103, 98), polish=1, reach=1, rounds=1)
 _TERNARY = Effort(tuple(1 / s for s in (0.25, 0.4, 0.6, 0.85)), polish=3, unbias=0.0)
 EFFORTS: dict[str, Effort] = {
-    "q4_0": Effort(
-        (-9, -8.6, -8.3, -8, -7.7, -7.4, -7.1, -6.7, 7.8, 7.5, 7.2, 6.9), polish=2, unweighted=(-8.3, 7.6)
-    ),
+    "q4_0": Effort((-9, -8.6, -8.3, -8, -7.7, -7.4, -7.1, -6.7, 7.8, 7.5, 7.2, 6.9), polish=2, unweighted=(-8.3, 7.6)),
     "q5_0": Effort((-17, -16.5, -16, -15.5, -15, -14.5, 15.5, 15), polish=2, power=0.75, unweighted=(-16.2, 15.2)),
     "q8_0": Effort((127, 126.3, 125.6, 124.9, 124.2, 123.5), polish=0, unbias=0.0),
     "q4_1": Effort((13.5, 14, 14.5, 15, 15.5, 16, 17), (0.0, 0.03), polish=2, unweighted=(15,)),
