@@ -4,7 +4,7 @@
 
 Peers run in environments of their own (dev/envs.py), llm-compressor in float32 unless `--dtype` says otherwise (a machine without BF16
 instructions takes many times as long in BF16); with `--keep`, what they made is kept in the folder and not made again. Scheme: int<bits>, groups of 128, asymmetric, all linears of all blocks. JSON on stdout.
-`--ours METHOD[:SEARCH][,option=value…]`.
+`--ours METHOD[:SEARCH][,option=value…][+RECIPE[,flag=value…]]`: `gptq+scales,steps=48,batch=4` trains step sizes and norms after GPTQ.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import numpy as np
 
 from fewbit import api
 from fewbit.run.calib import calibration
+from fewbit.run.training import WATCHED
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "engines"))
@@ -32,6 +34,7 @@ from harness import run_driver  # noqa: E402
 
 SAMPLE = ROOT / "samples" / "sample"
 TEXT = ROOT / "samples" / "text" / "wikitext2-test.txt"
+SEQUENCES, LENGTH = 128, 512
 
 
 def peer(name: str, bits: int, out: Path, tokens: Path, iters: int, dtype: str) -> dict[str, Any]:
@@ -76,21 +79,40 @@ def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def ours(spec: str, bits: int, out: Path) -> dict[str, Any]:
-    """Runs the command line in a process of its own."""
-    head, *options = spec.split(",")
+    """Runs the command line in a process of its own; a part `+scales` trains step sizes and norms afterwards, on the same tokens."""
+    first, _, second = spec.partition("+")
+    head, *options = first.split(",")
     method, _, search = head.partition(":")
     flags = [word for option in ([f"search={search}"] if search else []) + options for word in ("--set", option)]
-    command = [sys.executable, "-m", "fewbit.cli.main", "quantize", str(SAMPLE), "--to", f"compressed-tensors:int{bits}-g128-asym",
-               "--method", method, "-o", str(out), "--json", "--no-verify", *flags]  # fmt: skip
+    target = ["--to", f"compressed-tensors:int{bits}-g128-asym"]
+    made = out.with_name(f"{out.name}-start") if second else out
+    shutil.rmtree(made, ignore_errors=True)
+    done = [command(["quantize", str(SAMPLE), *target, "--method", method, "-o", str(made), "--no-verify", *flags])]
+    if second:
+        recipe, *options = second.split(",")
+        flags = [word for option in options for word in ("--" + option.partition("=")[0], option.partition("=")[2])]
+        tokens = [
+            "--samples",
+            str(SEQUENCES - WATCHED),
+            "--length",
+            str(LENGTH),
+        ]  # those watched come first, of the same text
+        done.append(command(["train", str(SAMPLE), *target, "--start", str(made), "--recipe", recipe, "-o", str(out), *tokens, *flags]))  # fmt: skip
+    sums = {name: sum(one[name] for one in done) for name in ("wall", "cpu")}
+    return {"out": out, **sums, "peak_mb": max(one["peak_mb"] for one in done)}
+
+
+def command(words: list[str]) -> dict[str, float]:
+    """Runs our command line: wall and CPU seconds, and peak of resident memory."""
     started = time.perf_counter()
-    done, cpu = timed(lambda: subprocess.run(command, capture_output=True, text=True, check=True))
-    record = json.loads(done.stdout)
+    process = subprocess.Popen([sys.executable, "-m", "fewbit.cli.main", *words, "--json"], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"fewbit {' '.join(words)} ended with status {os.waitstatus_to_exitcode(status)}")
     return {
-        "out": out,
-        "seconds": record["seconds"],
         "wall": time.perf_counter() - started,
-        "cpu": cpu,
-        "peak_mb": record["peak_bytes"] / 1e6,
+        "cpu": used.ru_utime + used.ru_stime,
+        "peak_mb": used.ru_maxrss / 1e3,
     }
 
 
@@ -108,7 +130,7 @@ def main() -> None:
     if not given.keep:
         shutil.rmtree(given.folder, ignore_errors=True)
     given.folder.mkdir(parents=True, exist_ok=True)
-    ids = calibration("default", SAMPLE, 128, 512, 0, 8192).tokens
+    ids = calibration("default", SAMPLE, SEQUENCES, LENGTH, 0, 8192).tokens
     np.save(given.folder / "calibration.npy", ids.numpy())
     rows = []
     for bits in given.bits:
@@ -119,7 +141,7 @@ def main() -> None:
                 out.with_suffix(".json"), partial(peer, name, bits, out, tokens, given.iters, given.dtype)
             )
         for spec in given.ours:
-            out = given.folder / f"fewbit-{spec.replace(':', '-').replace(',', '-').replace('=', '-')}-{bits}"
+            out = given.folder / f"fewbit-{re.sub('[^a-z0-9.]+', '-', spec)}-{bits}"
             shutil.rmtree(out, ignore_errors=True)
             made[f"fewbit {spec}"] = ours(spec, bits, out)
         scores = api.evaluate([item["out"] for item in made.values()], SAMPLE, text=str(TEXT), tokens=given.tokens)
