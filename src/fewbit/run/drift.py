@@ -15,9 +15,9 @@ from collections.abc import Iterable
 import torch
 
 from fewbit.base.errors import InputError
-from fewbit.math.linalg import solve_damped
+from fewbit.math.linalg import DOUBLE, solve_damped
 
-DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # shares of the mean diagonal that are tried
+DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # shares of the mean diagonal that are tried; every second for large grams
 CAUTIOUS = 1.0  # where there is nothing to judge by
 TRIED = 512  # rows of B by which they are judged
 HELD = 4  # of so many batches one gives its first sequence to judge by
@@ -102,7 +102,7 @@ class Drift:
         rows = slice(None, None, -(-len(moved) // TRIED))
         best: float | None = None
         least = self._left(None, rows)
-        for damping in DAMPINGS:
+        for damping in DAMPINGS if len(gram) <= DOUBLE else DAMPINGS[1::2]:
             found, _ = solve_damped(some, moved[rows], damping)
             left = self._left(found, rows)
             if left < least:
