@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewbit.math.linalg import damped, feedback_factor, solve_damped
+from fewbit.math.linalg import cholesky_, damped, feedback_factor, solve_damped, turn_
 from fewbit.math.scales import assemble, fit, snap
 from fewbit.math.search import Params, Search
 from fewbit.num.qtensor import QTensor
@@ -149,3 +149,32 @@ def test_damped_solution_solves() -> None:
     order = torch.randperm(24, generator=gen)
     again = feedback_factor(gram, 0.01, permutation=order).solve(rhs[:, order].double())
     assert torch.allclose(again.float(), found[:, order], atol=1e-5)
+    held = rhs.clone()
+    inplace, _ = solve_damped(gram, held, 0.01, inplace=True)
+    assert inplace.data_ptr() == held.data_ptr() and torch.equal(inplace, found)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 600])
+def test_factors_in_place(n: int) -> None:
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * n, n, generator=gen)
+    gram = x.T @ x
+    where = gram.clone()
+    assert torch.equal(turn_(where), gram.flip(0, 1))
+    where = gram.clone()
+    lower = cholesky_(where)
+    assert lower is not None and lower.data_ptr() == where.data_ptr() and not lower.triu(1).any()
+    assert torch.allclose(lower @ lower.T, gram, rtol=1e-4, atol=1e-3 * n)
+    assert cholesky_(-gram) is None
+
+
+def test_the_quadratic_is_that_of_a_damped_scaled_gram() -> None:
+    gen = torch.Generator().manual_seed(0)
+    x, w = torch.randn(90, 32, generator=gen), torch.randn(5, 32, generator=gen)
+    gram, missing = x.T @ x, torch.randn(5, 32, generator=gen)
+    lazy = Quadratic(w, gram, share=0.01, ridge=0.5)
+    plain = Quadratic(w, 0.01 * gram + 0.5 * torch.eye(32))
+    cut = slice(8, 24)
+    assert torch.allclose(lazy.slope(missing, cut), plain.slope(missing)[:, cut], atol=1e-4)
+    assert torch.allclose(lazy.metric(cut), plain.gram[cut, cut], atol=1e-5)
+    assert lazy.loss(w + missing) == pytest.approx(float((missing @ plain.gram * missing).sum()), rel=1e-4)
