@@ -119,12 +119,10 @@ class Calibrated:
         ]
         tokens = self.tokens[: self._samples("loss_samples")]
 
-        def told(index: int) -> None:
-            self.run._check_stop()
-
         fisher_pass(
             self.model, self.run.source.read, trunk, tokens, tracked, self.scratch, batch=self.batch,
-            seed=self.run.plan.recipe["seed"], spill=self.room.spill, lanes=self.lanes, on_block=told,
+            seed=self.run.plan.recipe["seed"], spill=self.room.spill, lanes=self.lanes,
+            check_stop=self.run._check_stop,
         )  # fmt: skip
 
     def _resume(self, quantised: ActStore, floats: ActStore | None) -> int:

@@ -43,24 +43,25 @@ def fisher_pass(
     seed: int,
     spill: bool,
     lanes: int = 1,
-    on_block: Callable[[int], None] = lambda index: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes `fisher-<block>.safetensors` into `folder` for every block: stored name (and `OUTPUT`) -> float32 [outputs, outputs].
 
     Args:
         tokens: int64 [windows, length]. tracked: per block, the matrices wanted. batch: windows per step.
-        spill: keep hidden states on disk. lanes: batches side by side. on_block: called after each block of the backward pass.
+        spill: keep hidden states on disk. lanes: batches side by side. check_stop: called before each batch; may raise.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        inputs, kwargs = _forward(model, read, trunk, tokens, folder if spill else None, batch, lanes, stack)
-        gradient = _top(model, trunk, tokens, inputs[-1], seed, folder if spill else None, stack)
+        beside = folder if spill else None
+        inputs, kwargs = _forward(model, read, trunk, tokens, beside, batch, lanes, stack, check_stop)
+        gradient = _top(model, trunk, tokens, inputs[-1], seed, beside, stack, check_stop)
         for index in reversed(range(len(model))):
             params = model.load_block(index, read)
-            grams = _backward(model, index, params, kwargs[index], inputs[index], gradient, tracked[index], lanes)
+            words = (kwargs[index], inputs[index], gradient, tracked[index], lanes, check_stop)
+            grams = _backward(model, index, params, *words)
             inputs[index].close()
             _save(grams, folder / f"fisher-{index}.safetensors")
-            on_block(index)
     (folder / "fisher-done").touch()
 
 
@@ -93,6 +94,7 @@ def _forward(
     batch: int,
     lanes: int,
     stack: contextlib.ExitStack,
+    check_stop: Callable[[], None],
 ) -> tuple[list[ActStore], list[dict[str, Any]]]:
     """Inputs of every block and, last, the outputs of the last one."""
     entry = model.enter(trunk, tokens[:batch])
@@ -114,7 +116,7 @@ def _forward(
                 arguments = model.arguments(entry.kwargs[index], recorded, hidden.shape[0])
                 stores[index + 1].put(number, model.run_block(index, params, hidden, arguments))
 
-            in_lanes(len(stores[0]), lanes, work)
+            in_lanes(len(stores[0]), lanes, work, check_stop)
     return stores, entry.kwargs
 
 
@@ -126,6 +128,7 @@ def _top(
     seed: int,
     folder: Path | None,
     stack: contextlib.ExitStack,
+    check_stop: Callable[[], None],
 ) -> ActStore:
     """Gradient of the loss at the outputs of the last block, labels drawn from the model's own predictions."""
     gradient = _store(last.shape, model, last.batch, folder / "fisher-gradient" if folder else None, stack)
@@ -133,8 +136,11 @@ def _top(
     for number in range(len(last)):
         start, stop = last.span(number)
         few = max(1, LOGITS // (tokens.shape[1] * max(len(weight) for weight in trunk.values())))
-        pieces = zip(tokens[start:stop].split(few), last.get(number).split(few), strict=True)
-        gradient.put(number, torch.cat([_slope(model, trunk, ids, hidden, generator) for ids, hidden in pieces]))
+        slopes: list[torch.Tensor] = []
+        for ids, hidden in zip(tokens[start:stop].split(few), last.get(number).split(few), strict=True):
+            check_stop()
+            slopes.append(_slope(model, trunk, ids, hidden, generator))
+        gradient.put(number, torch.cat(slopes))
     return gradient
 
 
@@ -167,6 +173,7 @@ def _backward(
     gradient: ActStore,
     tracked: Tracked,
     lanes: int,
+    check_stop: Callable[[], None],
 ) -> dict[str, torch.Tensor]:
     """Grams of one block's outputs; `gradient` is turned into the gradient at the block's inputs."""
     sums: list[dict[str, torch.Tensor]] = [{} for _ in range(lanes)]
@@ -189,7 +196,7 @@ def _backward(
             _add(grams, OUTPUT, slope)
         gradient.put(number, torch.autograd.grad(out, hidden, slope)[0])
 
-    in_lanes(len(inputs), lanes, work)
+    in_lanes(len(inputs), lanes, work, check_stop)
     whole = sums[0]
     for more in sums[1:]:
         for name, gram in more.items():
