@@ -26,7 +26,7 @@ from fewbit.base.errors import ResourceError
 from fewbit.base.manifest import Manifest
 from fewbit.base.names import layer_index
 from fewbit.plan.jobs import Job, Plan
-from fewbit.plan.resources import BASE_BYTES
+from fewbit.plan.resources import BASE_BYTES, MARGIN
 from fewbit.solve.table import SOLVERS
 
 BATCH_TOKENS = 4096  # tokens that go through a block at once
@@ -34,6 +34,7 @@ BIG_BLOCK = 64_000_000  # parameters of a block from which weights and hidden st
 SPILL_SHARE = 0.3  # share of the budget that hidden states of rewrites may take before they go to disk
 WIDE = 2  # inputs so many times as wide as those of the stage before are made again instead of kept
 LOGITS = 1 << 22  # logits at once in the backward pass, at least those of one sequence
+LOGIT_COPIES = 8  # of float32 logits alive at once there, measured
 MOST_OUTPUTS = 8192  # a gram of more outputs would outweigh everything else in memory
 MODEL_BYTES = 230 << 20  # transformers, its model without weights, compiled kernels; measured (dev/LOG.md)
 LARGE = 2048  # channels up to which grams are factored in float64
@@ -158,7 +159,7 @@ def _widest(blocks: Iterable[list[Job]]) -> int:
 def calibrated_budget(
     plan: Plan, manifest: Manifest, ram: int, workers: int, vram: int | None = None
 ) -> CalibratedBudget:
-    """How a calibrated run stays within a limit of resident memory, and on CUDA within one of device memory.
+    """How a calibrated run stays within a limit of resident memory, with a margin over the estimate, and on CUDA within one of device memory.
 
     Args:
         vram: limit of device memory, bytes; None where everything is computed on the CPU.
@@ -171,11 +172,11 @@ def calibrated_budget(
     for keep, spill in ((True, False), (False, False), (False, True)):
         for count in range(workers, 0, -1):
             found = _budget(shapes, plan, solved, count, keep, spill, vram is not None)
-            if found.peak <= ram and found.device_peak <= (vram or 0):
+            if MARGIN * found.peak <= ram and found.device_peak <= (vram or 0):
                 return found
     if vram is not None and found.device_peak > vram:
         raise _too_much("FB-E0512", "of device memory ", "--vram", found.device_phases, vram)
-    raise _too_much("FB-E0510", "", "--ram", found.phases, ram)
+    raise _too_much("FB-E0510", "", "--ram", {name: int(MARGIN * size) for name, size in found.phases.items()}, ram)
 
 
 def _too_much(code: str, what: str, flag: str, phases: Mapping[str, int], limit: int) -> ResourceError:
@@ -221,7 +222,7 @@ def _phases(
         inputs = 0 if spill else shapes.states(shapes.loss) * (len(shapes.blocks) + 2)
         logits = max(shapes.length * shapes.vocab, min(LOGITS, shapes.tokens * shapes.vocab))
         block = max(map(partial_backward(shapes), shapes.blocks))
-        phases["loss"] = (inputs, trunk + max(5 * 4 * logits + batch, block))
+        phases["loss"] = (inputs, trunk + max(LOGIT_COPIES * 4 * logits + batch, block))
     for jobs in shapes.blocks:
         for name, taken in _block_phases(shapes, plan, jobs, solved, workers).items():
             wanted = 0 if spill else shapes.states(shapes.samples)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fewbit.base.resident import straight_from_the_system
 from fewbit.math.stats import Stats
 from fewbit.plan.calibrated import calibrated_budget
 from fewbit.run.acts import ActStore
@@ -68,6 +69,8 @@ class Calibrated:
 
     def __iter__(self) -> Iterator[tuple[Group, Solved]]:
         with contextlib.ExitStack() as stack, torch.no_grad():
+            if self.room.spill:  # memory is short: what lanes free must not wait in the heap for them
+                stack.enter_context(straight_from_the_system())
             arguments, quantised, floats = self._enter(stack)
             for index in range(self._resume(quantised, floats), len(self.model)):
                 block = Block(self.model, index, arguments[index], self.batch, self.lanes)
