@@ -11,11 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fewbit import api
 from fewbit.base.errors import InputError, Refusals
+from fewbit.cli import app
+from fewbit.run import engine
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "samples" / "sample"
@@ -200,6 +203,31 @@ def test_ctrl_c_leaves_a_resumable_folder_and_says_how(tmp_path: Path) -> None:
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130 and "resume: fewbit quantize" in stderr, stderr
     assert out.with_name("out.partial").exists() and not out.exists()
+
+
+@pytest.mark.parametrize("where", ["_open_sinks", "_record"])
+def test_a_signal_at_either_end_of_a_run_is_answered(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first tensor the run says how to go on; once the outputs get their names it ends them first."""
+    before = getattr(engine, where)
+
+    def signalled(*args: Any, **kwargs: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return before(*args, **kwargs)
+
+    monkeypatch.setattr(engine, where, signalled)
+    out = tmp_path / "out"
+    status = app.run(["quantize", str(SAMPLE), "--to", "dense:bf16", "--no-verify", "-o", str(out)])
+    said = capsys.readouterr().err
+    assert status == 130
+    if where == "_open_sinks":
+        assert "resume: fewbit quantize" in said and not out.exists()
+        monkeypatch.undo()
+        assert app.run(["quantize", str(SAMPLE), "--to", "dense:bf16", "--no-verify", "-o", str(out)]) == 0
+    else:
+        assert "interrupted" in said
+    assert (out / "fewbit-manifest.json").exists()
 
 
 def test_changed_options_are_refused_by_name(tmp_path: Path) -> None:

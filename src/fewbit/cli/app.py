@@ -16,6 +16,8 @@ from fewbit.base.errors import FewbitError, Refusals
 from fewbit.cli.main import COMMANDS, front_page
 from fewbit.cli.refusals import SHOWN, lines
 
+INTERRUPTED = 130
+
 
 class LazyGroup(TyperGroup):
     """Commands from the table of `cli.main`, imported one at a time."""
@@ -55,13 +57,15 @@ def run(args: list[str]) -> int:
     as_json = "--json" in args
     try:
         result = app(args=args, prog_name="fewbit", standalone_mode=False)
+        if result == INTERRUPTED:  # typer's answer to a Ctrl-C that reached it
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except FewbitError as error:
         _tell(error, as_json, args)
         return error.exit_status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
         return 0
@@ -76,7 +80,7 @@ def _other(error: Exception) -> int:
         show()
         return 2
     if type(error).__name__ in ("Exit", "Abort"):
-        return int(getattr(error, "exit_code", 130))
+        return int(getattr(error, "exit_code", INTERRUPTED))
     traceback.print_exception(error)
     print("FB-E0001 this is a fault of fewbit: please report it with the command and the lines above", file=sys.stderr)
     return 1

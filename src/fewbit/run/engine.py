@@ -14,12 +14,9 @@ same sinks: they only come by their `Solved` in another way (see `run.block`).
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,7 @@ from typing import Any
 import torch
 
 import fewbit
-from fewbit.base.errors import FewbitError, InputError, Interrupted
+from fewbit.base.errors import FewbitError, InputError
 from fewbit.base.record import digest
 from fewbit.base.resident import peak_resident
 from fewbit.math.stats import Stats
@@ -41,6 +38,7 @@ from fewbit.run.settings import Settings
 from fewbit.run.sinks import Sink, open_sink
 from fewbit.run.source import Source
 from fewbit.run.static import with_inputs
+from fewbit.run.stop import Stop
 from fewbit.solve.table import SOLVERS, Solved
 
 LONG_SHARE = 20  # a tensor of more than this part of the work goes before the others
@@ -125,16 +123,19 @@ def run_plan(
     groups = groups_of(plan)
     room = budget([group.job for group in groups], settings.ram, settings.workers)
     shard_bytes = parse_size(plan.recipe["max_shard_size"])
-    sinks = _open_sinks(plan, source, out, settings, shard_bytes)
-    run = _Run(plan, source, settings, room, sinks, identity(plan, source))
-    try:
-        with _stoppable(run):
+    with Stop().listening() as stop:  # before the first file, so that every file that a stop leaves is spoken of
+        sinks = _open_sinks(plan, source, out, settings, shard_bytes)
+        try:
+            run = _Run(plan, source, settings, room, sinks, identity(plan, source), stop)
             source.decide(run)
             run.work(groups, calibrated)
-        outputs = tuple(sink.finish(_record(plan, source, run)) for sink in sinks)
-    finally:
-        for sink in sinks:
-            sink.close()
+            stop.check()
+            outputs = tuple(sink.finish(_record(plan, source, run)) for sink in sinks)
+        finally:
+            for sink in sinks:
+                sink.close()
+    if stop.is_set():  # while the outputs were given their names: they are whole, what follows is not wanted
+        raise KeyboardInterrupt
     settings.on_event({"event": "done", "seconds": time.monotonic() - started})
     return Outcome(outputs, run.losses, run.notes, time.monotonic() - started, run.resumed, peak_resident())
 
@@ -164,12 +165,18 @@ class _Run:
     """State of one run: what is done, what is in flight, whether to stop."""
 
     def __init__(
-        self, plan: Plan, source: Source, settings: Settings, room: Budget, sinks: list[Sink], who: dict[str, Any]
+        self,
+        plan: Plan,
+        source: Source,
+        settings: Settings,
+        room: Budget,
+        sinks: list[Sink],
+        who: dict[str, Any],
+        stop: Stop,
     ) -> None:
         self.plan, self.source, self.settings, self.room, self.sinks = plan, source, settings, room, sinks
+        self.stop = stop
         self.gate = ByteGate(room.bytes)
-        self.stop = threading.Event()
-        self.signal: int = signal.SIGINT
         self.losses: dict[str, dict[str, float]] = {output.target: {} for output in plan.outputs}
         self.notes: dict[str, tuple[str, ...]] = {}
         self.resumed = 0
@@ -198,7 +205,7 @@ class _Run:
             todo = [group for group in todo if group not in wanted]
             self._pool(todo)
             for group, solved in calibrated(groups, {group.key for group in wanted}, self) if wanted else ():
-                self._check_stop()
+                self.stop.check()
                 self.emit(group, solved)
         else:
             self._pool(todo)
@@ -224,14 +231,10 @@ class _Run:
                     finished, pending = wait(pending, return_when=FIRST_COMPLETED, timeout=0.5)
                     for future in finished:
                         future.result()
-                    self._check_stop()
+                    self.stop.check()
             except BaseException:
                 self.stop.set()
                 raise
-
-    def _check_stop(self) -> None:
-        if self.stop.is_set():
-            raise _interrupted(self.signal)
 
     def _one(self, group: Group) -> None:
         if self.stop.is_set():
@@ -332,32 +335,3 @@ def _record(plan: Plan, source: Source, run: _Run) -> dict[str, Any]:
         "source_fingerprint": source.fingerprint(),
         "recipe": plan.recipe,
     }
-
-
-def _interrupted(number: int) -> Interrupted:
-    error = Interrupted("FB-E0511", f"stopped by {signal.Signals(number).name}; finished tensors are kept")
-    error.exit_status = 128 + number
-    return error
-
-
-@contextmanager
-def _stoppable(run: _Run) -> Iterator[None]:
-    """SIGINT and SIGTERM let the tensors in flight finish, then stop; a second one stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, _frame: object) -> None:
-        if run.stop.is_set():
-            raise KeyboardInterrupt
-        run.signal = number
-        run.stop.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-        if run.stop.is_set():
-            raise _interrupted(run.signal)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

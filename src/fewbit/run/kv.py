@@ -116,7 +116,7 @@ def _walk(source: KvSource, run: _Run) -> Any:
             seen = _Ranges()
             params = model.load_block(index, source.inner.read)
             for number in range(len(store)):
-                run._check_stop()
+                run.stop.check()
                 hidden = store.get(number).to(model.device)
                 arguments = model.arguments(_with_cache(kwargs[index], seen), store.batch, hidden.shape[0])
                 store.put(number, model.run_block(index, params, hidden, arguments))

@@ -92,7 +92,7 @@ class Walk:
 
         with Observer({name: params[name] for name, _ in wanted}, take):
             for batch in range(len(store)):
-                self.run._check_stop()
+                self.run.stop.check()
                 hidden = store.get(batch).to(self.model.device)
                 arguments = self.model.arguments(kwargs, self.batch, hidden.shape[0])
                 store.put(batch, self.model.run_block(index, params, hidden, arguments))

@@ -73,7 +73,7 @@ class Spin:
         best, when = dict(self.start), 0
         before = least = self._judge(best)
         for step in range(self.steps):
-            self.run._check_stop()
+            self.run.stop.check()
             loss = self._step(turners, step)
             if step % TOLD_EVERY == 0 or step + 1 == self.steps:
                 text = f"rotations: step {step + 1} of {self.steps}, KL {loss:.5f}"
