@@ -40,7 +40,9 @@ MODEL_BYTES = 230 << 20  # transformers, its model without weights, compiled ker
 LARGE = 2048  # channels up to which grams are factored in float64
 FACTOR_BYTES = 4 + 8 + 8  # of an entry of a gram that is factored in float64, beside gram and cross-gram
 LARGE_FACTOR_BYTES = 4  # of an entry of a large one: its factor, made in place
-WEIGHT_COPIES = 12  # float32 copies of a weight alive at once in the sweeps, candidates of its parameters included; measured
+WEIGHT_COPIES = (
+    12  # float32 copies of a weight alive at once in the sweeps, candidates of its parameters included; measured
+)
 # CUDA's context, libraries' kernels and workspaces, gaps between tensors; by public figures, not measured
 CONTEXT_BYTES = 700 << 20
 STAGING_BYTES = 8  # of a weight on its way between disk and device: as stored, and as float32 or as codes being encoded

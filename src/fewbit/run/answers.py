@@ -89,7 +89,10 @@ class Answers:
 
     def put_back(self, params: Params, local: str, slot: Slot, q: QTensor) -> None:
         """Replaces a weight of the running block by what its codes stand for."""
-        value = q.dequantize()
+        self.put(params, local, slot, q.dequantize())
+
+    def put(self, params: Params, local: str, slot: Slot, value: torch.Tensor) -> None:
+        """Writes a stored weight [..., out, in] into the running block's parameter."""
         if self.known[slot.name].transposed:
             value = value.transpose(-1, -2)
         slot.view(params[local]).copy_(value.to(params[local].dtype))

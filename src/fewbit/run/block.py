@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fewbit.base.resident import straight_from_the_system
+from fewbit.base.resident import straight_from_the_system, trim
 from fewbit.math.stats import Stats
 from fewbit.plan.calibrated import calibrated_budget
 from fewbit.run.acts import ActStore
@@ -33,7 +33,6 @@ from fewbit.run.collect import collect
 from fewbit.run.fisher import OUTPUT, fisher_pass, load_grams
 from fewbit.run.hf import Params, Slot
 from fewbit.run.lanes import in_lanes
-from fewbit.run.limits import trim
 from fewbit.run.observe import Observer, StopForward, Use
 from fewbit.run.passes import Kept, Stream, kept_bytes, survey
 from fewbit.run.stages import Block, ByExpert, Stage, find_stages, top_up
@@ -125,7 +124,7 @@ class Calibrated:
         fisher_pass(
             self.model, self.run.source.read, trunk, tokens, tracked, self.scratch, batch=self.batch,
             seed=self.run.plan.recipe["seed"], spill=self.room.spill, lanes=self.lanes,
-            check_stop=self.run._check_stop,
+            check_stop=self.run.stop.check,
         )  # fmt: skip
 
     def _resume(self, quantised: ActStore, floats: ActStore | None) -> int:
@@ -163,7 +162,7 @@ class Calibrated:
         stages, kept = self._structure(block, params, slots, quantised.get(0)[:1])
         first, second = self._streams(block, stages, kept, params, originals, quantised, floats)
         for number, stage in enumerate(stages):
-            stats = collect(first, second, number, self.needs, self.run._check_stop)
+            stats = collect(first, second, number, self.needs, self.run.stop.check)
             if second is not None and originals is not None and not second.left:
                 originals.clear()  # the float stream is through: its block need not lie beside the last stage's grams
             self._top_up(block, stage, params, quantised, stats)
@@ -178,12 +177,12 @@ class Calibrated:
         for slot in (slot for held in slots.values() for slot in held if slot.name not in solved):
             yield from self.answers.without_stats(slot.name, "no matrix product of the calibration pass used it")
         if second is not None:
-            second.finish(self.run._check_stop)
+            second.finish(self.run.stop.check)
         if together:
             first.close()
             yield from self._improve(block, params, quantised, corrections, solved)
         else:
-            first.finish(self.run._check_stop)
+            first.finish(self.run.stop.check)
 
     def _structure(
         self, block: Block, params: Params, slots: dict[str, list[Slot]], hidden: torch.Tensor
@@ -216,7 +215,7 @@ class Calibrated:
             self._pass(block, ideal, quantised, wanted)
             del ideal
             whole = Together(block, params, quantised, wanted, self.answers.grams.get(OUTPUT), self.answers)
-            whole.improve(found, slots, self.run._check_stop)
+            whole.improve(found, slots, self.run.stop.check)
         finally:
             wanted.close()
         for name, pieces in found.items():
@@ -227,7 +226,7 @@ class Calibrated:
     def _pass(self, block: Block, params: Params, source: ActStore, target: ActStore) -> None:
         """Takes all hidden states through a block."""
         in_lanes(
-            len(source), self.lanes, lambda k: target.put(k, block.run(params, source.get(k))), self.run._check_stop
+            len(source), self.lanes, lambda k: target.put(k, block.run(params, source.get(k))), self.run.stop.check
         )
 
     def _streams(

@@ -17,7 +17,8 @@ import torch
 from fewbit.base.errors import InputError
 from fewbit.math.linalg import DOUBLE, solve_damped
 
-DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # shares of the mean diagonal that are tried; every second for large grams
+# shares of the mean diagonal that are tried; every second for large grams
+DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 CAUTIOUS = 1.0  # where there is nothing to judge by
 TRIED = 512  # rows of B by which they are judged
 HELD = 4  # of so many batches one gives its first sequence to judge by
@@ -83,10 +84,10 @@ class Drift:
         gram = gram if own is None else own
         try:
             damping = self._damping(gram, moved)
-            for x, y in self.held:
-                moved.addmm_(y.float().T, x.float())
             if damping is None:
                 return None
+            for x, y in self.held:
+                moved.addmm_(y.float().T, x.float())
             found, _ = solve_damped(gram, moved, damping, inplace=True)
         except InputError:  # a gram that cannot be factored: nothing to regress on
             return None

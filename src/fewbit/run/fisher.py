@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from fewbit.plan.calibrated import LOGITS, MOST_OUTPUTS
 from fewbit.run.acts import ActStore
 from fewbit.run.hf import BlockModel, Params, Read
 from fewbit.run.lanes import in_lanes
 from fewbit.run.observe import Observer, Use
 
-LOGITS = 1 << 22  # logits at once, at least those of one sequence
-MOST_OUTPUTS = 8192  # a gram of more outputs would outweigh everything else in memory
 Tracked = dict[str, str]
 """Local parameter name -> stored tensor name."""
 OUTPUT = "block.output"  # stands among the weights for what comes out of the block

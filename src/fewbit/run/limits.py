@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 
 from fewbit.base.errors import ResourceError
-from fewbit.base.resident import trim as trim
 
 
 class ByteGate:

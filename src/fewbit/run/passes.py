@@ -90,22 +90,20 @@ def survey(block: Block, params: Params, stages: list[Stage], hidden: torch.Tens
         widths = {name: products[name].shape[-1] for name in names}
         width = inputs[names[0]].shape[-1]
         again = poisoned and k > 0 and not found[k - 1].inputs and width >= WIDE * found[k - 1].width
-        adds = (
-            _added(run, {names[0]: params[names[0]]}, products[names[0]], hidden, true)
-            if last and len(names) == 1
-            else 0.0
-        )
+        adds = _added(run, tracked, names[0], products[names[0]], hidden, true) if last and len(names) == 1 else 0.0
         found.append(Kept(looked_at, poisoned and not again, width, widths, again, adds))
     return found
 
 
-def _added(run: Run, tracked: Params, product: torch.Tensor, hidden: torch.Tensor, true: torch.Tensor) -> float:
+def _added(
+    run: Run, tracked: Params, name: str, product: torch.Tensor, hidden: torch.Tensor, true: torch.Tensor
+) -> float:
     """The factor with which a block adds a product to its output, tried with a large random change of it; 0 where it does more than that."""
     if product.numel() != true.numel() or product.shape[-1] != true.shape[-1]:
         return 0.0
     size = CHANGE * max(float(true.float().std()), float(product.float().std()))
     noise = torch.randn(product.shape, generator=torch.Generator().manual_seed(0)).to(product) * size
-    with Observer(tracked, on_output=lambda use, found: found + noise):
+    with Observer({name: tracked[name]}, on_output=lambda use, found: found + noise):
         moved = (run(hidden) - true).float().flatten()
     noise = noise.float().flatten()
     factor = float(moved @ noise / (noise @ noise))
@@ -291,22 +289,20 @@ class Stream:
     def inputs(self, stage: int, batch: int, finish: bool = False) -> dict[int | None, torch.Tensor]:
         """What the weights of a stage are multiplied with for one batch, per expert; with `finish` the batch is also run to its end."""
         finish = finish and self.kept is not None  # else `finish` is a pass of its own
-        found, out = self._seen(stage, batch, not finish)
+        found, out = self._seen(stage, batch, stop=not finish, keep=not finish)
         if finish and out is not None:
             self._put(batch, out)
-        elif self.kept is not None and self.kept[stage].inputs:
-            self._keep(stage, "", batch, found[None])
         return found
 
     def outputs(self, stage: int, batch: int) -> tuple[dict[int | None, torch.Tensor], torch.Tensor]:
         """As `inputs`, and what comes out of the block with the stage's weights as they are now; the batch stays unfinished."""
-        found, out = self._seen(stage, batch, False)
-        if self.kept is not None and self.kept[stage].inputs:
-            self._keep(stage, "", batch, found[None])
+        found, out = self._seen(stage, batch, stop=False, keep=True)
         return found, cast(torch.Tensor, out)  # the pass did not stop
 
-    def _seen(self, stage: int, batch: int, stop: bool) -> tuple[dict[int | None, torch.Tensor], torch.Tensor | None]:
-        """The inputs of a stage and, unless the pass stops there, the block's outputs."""
+    def _seen(
+        self, stage: int, batch: int, stop: bool, keep: bool
+    ) -> tuple[dict[int | None, torch.Tensor], torch.Tensor | None]:
+        """The inputs of a stage, kept if a later pass needs them, and, unless the pass stops there, the block's outputs."""
         found: dict[int | None, torch.Tensor] = {}
         first, experts = self.stages[stage].params[0], self.stages[stage].experts
 
@@ -322,6 +318,8 @@ class Stream:
         out = None
         with contextlib.suppress(StopForward):
             out = self._pass(stage, batch, take)
+        if keep and self.kept is not None and self.kept[stage].inputs:
+            self._keep(stage, "", batch, found[None])
         return found, out
 
     def forget(self, stage: int) -> None:

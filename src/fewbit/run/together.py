@@ -139,17 +139,12 @@ def ideal_block(
     answers: Answers,
 ) -> Params:
     """A block's parameters with the float weights in their places (stored name -> slot), corrected where a correction [out, in] is known."""
-    found = dict(params)
+    found = {name: value.clone() for name, value in params.items()}
     for name, slot in slots.items():
-        local = block.model.local(block.index, slot)
-        if found[local] is params[local]:
-            found[local] = params[local].clone()
         value = answers.matrix(name)
         if name in corrections:
             value = value.float() + corrections[name].to(value.device)
-        if answers.known[name].transposed:
-            value = value.transpose(-1, -2)
-        slot.view(found[local]).copy_(value.to(found[local].dtype))
+        answers.put(found, block.model.local(block.index, slot), slot, value)
     return found
 
 

@@ -131,32 +131,29 @@ def train_checkpoint(
         )
         rates = rates or RATES[recipe]
         curve = _learn(student, teacher, found.tokens, schedule, rates, on_point)
-        used = schedule.steps * schedule.batch * length
         settings = {"recipe": recipe, "rates": list(rates), **asdict(schedule)}
-        data = {"start": None if start is None else str(start), "text": text, "samples": samples, "length": length}
-        place = export(
-            qtensors(student),
-            trained_floats(student),
-            source,
-            to.partition(":")[0],
-            out,
-            overwrite=overwrite,
-            training={
-                **settings,
-                **data,
-                "tokens": used,
-                "command": _command(path, to, settings, data),
-                "curve": [point.record() for point in curve],
-            },
-        )
-    return Trained(place, str(scheme), prepared, tuple(curve), used, found.warnings)
+        settings |= {"start": None if start is None else str(start), "text": text, "samples": samples, "length": length}
+        facts = _facts(path, to, settings, curve)
+        weights = qtensors(student), trained_floats(student)
+        place = export(*weights, source, to.partition(":")[0], out, overwrite=overwrite, training=facts)
+    return Trained(place, str(scheme), prepared, tuple(curve), facts["tokens"], found.warnings)
 
 
-def _command(path: str | Path, to: str, settings: dict[str, Any], data: dict[str, Any]) -> str:
+def _facts(path: str | Path, to: str, settings: dict[str, Any], curve: list[Point]) -> dict[str, Any]:
+    """What the manifest says of the training."""
+    return {
+        **settings,
+        "tokens": settings["steps"] * settings["batch"] * settings["length"],
+        "command": _command(path, to, settings),
+        "curve": [point.record() for point in curve],
+    }
+
+
+def _command(path: str | Path, to: str, settings: dict[str, Any]) -> str:
     """The command line that trains so again."""
-    flags = {"start": data["start"], **{key: settings[key] for key in ("recipe", "steps", "batch", "seed")}}
+    flags = {key: settings[key] for key in ("start", "recipe", "steps", "batch", "seed")}
     flags |= {"lr": settings["rates"][0], "scale-lr": settings["rates"][1]}
-    flags |= {key: data[key] for key in ("text", "samples", "length")}
+    flags |= {key: settings[key] for key in ("text", "samples", "length")}
     words = [f"--{key} {shlex.quote(str(value))}" for key, value in flags.items() if value is not None]
     return " ".join(["fewbit train", shlex.quote(str(path)), "--to", shlex.quote(to), *words, "-o OUT"])
 
