@@ -1,9 +1,10 @@
-"""AutoRound's own checkpoints: the tensors of GPTQ (version 1) or AWQ under `quant_method: "auto-round"`.
+"""AutoRound's own checkpoints: the tensors of GPTQ or AWQ under `quant_method: "auto-round"`.
 
-`packing_format` says which: `auto_round:auto_gptq` has symmetric weights with GPTQ's tensors and no g_idx, `auto_round:auto_awq` asymmetric
-4-bit weights with AWQ's. `extra_config` names the layers that differ; 16 bits means left in floating point.
+`packing_format` says which: `auto_round:auto_gptq` has GPTQ's tensors of version 1 and no g_idx (symmetric weights), `auto_round:auto_awq`
+AWQ's (asymmetric, 4 bits); plain `auto_round` and `auto_round:gptqmodel` (asymmetric, other bits; read, not written) have GPTQ's with the
+zero points as they are, as in its version 2. `extra_config` names the layers that differ; 16 bits means left in floating point.
 
-Source: facts.md B1; auto-round 0.16.1 `export/export_to_autoround/export.py`.
+Source: facts.md B1; auto-round 0.16.1 `export/export_to_autoround/export.py`, `inference/backend.py` (GPTQ_FORMAT_NO_ZP).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
     from fewbit.num.qtensor import QTensor
+
+ZEROS_AS_THEY_ARE = ("auto_round", "auto_round:gptqmodel")
 
 
 def accepts(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
@@ -121,7 +124,7 @@ def detect(config: dict[str, Any], manifest: Manifest) -> dict[str, Stored] | No
         f"+:^{module.replace('.', chr(92) + '.')}$": words
         for module, words in (given.get("extra_config") or {}).items()
     }
-    return gptq.find({**given, "dynamic": rules}, manifest, version=1)
+    return gptq.find({**given, "dynamic": rules}, manifest, version=2 if packing in ZEROS_AS_THEY_ARE else 1)
 
 
 FORMAT = per_expert(

@@ -40,9 +40,9 @@ MODEL_BYTES = 230 << 20  # transformers, its model without weights, compiled ker
 LARGE = 2048  # channels up to which grams are factored in float64
 FACTOR_BYTES = 4 + 8 + 8  # of an entry of a gram that is factored in float64, beside gram and cross-gram
 LARGE_FACTOR_BYTES = 4  # of an entry of a large one: its factor, made in place
-WEIGHT_COPIES = (
-    12  # float32 copies of a weight alive at once in the sweeps, candidates of its parameters included; measured
-)
+# float32 copies of a weight alive at once, measured: in the loop beside the factor, in the sweeps without it
+LOOP_COPIES = 3.5
+SWEEP_COPIES = 6  # K-quants 5.6, groups of 128 4.7: candidates of the parameters included
 # CUDA's context, libraries' kernels and workspaces, gaps between tensors; by public figures, not measured
 CONTEXT_BYTES = 700 << 20
 STAGING_BYTES = 8  # of a weight on its way between disk and device: as stored, and as float32 or as codes being encoded
@@ -311,5 +311,9 @@ def _solver_bytes(job: Job) -> int:
     rows, channels = job.shape[-2:]
     weight = rows * channels * 4
     if "gram" not in SOLVERS[job.solver].needs:
-        return weight * WEIGHT_COPIES
-    return weight * WEIGHT_COPIES + channels**2 * (FACTOR_BYTES if channels <= LARGE else LARGE_FACTOR_BYTES)
+        return weight * SWEEP_COPIES
+    double = channels <= LARGE
+    across = rows**2 * (FACTOR_BYTES if rows <= LARGE else 2 * LARGE_FACTOR_BYTES) if rows <= MOST_OUTPUTS else 0
+    factoring = weight + channels**2 * (FACTOR_BYTES if double else LARGE_FACTOR_BYTES)
+    looping = int(weight * LOOP_COPIES) + channels**2 * LARGE_FACTOR_BYTES
+    return across + max(factoring, looping, weight * SWEEP_COPIES)

@@ -8,6 +8,7 @@ up and down, quantised scales and minima (k-quants, NVFP4, double quantisation) 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 
 import torch
@@ -42,19 +43,25 @@ class Candidates:
     stored: dict[str, list[torch.Tensor | QTensor]]
     combinations: list[dict[str, int]]
 
-    def numbers(self) -> Parameters:
-        """The candidates as numbers per group."""
-        arrays = {
+    @cached_property
+    def arrays(self) -> dict[str, list[torch.Tensor]]:
+        """name -> each alternative as float32 [rows, groups]."""
+        return {
             name: [by_group(self.scheme, name, s, self.shape) for s in stored] for name, stored in self.stored.items()
         }
-        size, gid = groups_of(self.scheme, self.shape)
-        device = next(iter(arrays.values()))[0].device
-        ones, zeros = torch.ones(self.shape[0], size, device=device), torch.zeros(self.shape[0], size, device=device)
+
+    def numbers(self, start: int = 0, end: int | None = None) -> Parameters:
+        """The candidates of a range of columns of whole groups, as numbers per group; the groups are counted from the first of the range."""
+        gid = groups_of(self.scheme, self.shape)[1][start:end]
+        cut = slice(int(gid[0]), int(gid[-1]) + 1)
+        arrays = {name: [array[:, cut] for array in held] for name, held in self.arrays.items()}
+        first = next(iter(arrays.values()))[0]
+        defaults = (torch.ones_like(first), torch.zeros_like(first), torch.zeros_like(first))
         scale, zero, shift = (
             torch.stack([arrays[name][c[name]] if name in arrays else default for c in self.combinations], dim=-1)
-            for name, default in zip(NAMES, (ones, zeros, zeros), strict=True)
+            for name, default in zip(NAMES, defaults, strict=True)
         )
-        return Parameters(scale, zero, shift, gid.to(device))
+        return Parameters(scale, zero, shift, (gid - gid[0]).to(first.device))
 
     def pick(self, choice: torch.Tensor) -> Params:
         """The stored parameters of the chosen candidates: choice int [rows, groups]."""

@@ -83,6 +83,7 @@ def solve_wanted(problem: Problem, stats: Stats, scheme: Scheme, options: Mappin
     """Loop and sweeps for wanted weights, and the comparison with rounding them to nearest."""
     search = Search(method=options["search"], steps=options["steps"])
     codes, params, loss = _loop(problem, scheme, search, options)
+    problem.let_go()
     loss /= max(1, stats.count)
     notes, shape = list(problem.notes), tuple(problem.wanted.shape)
     quadratic = replace(problem.quadratic, w=problem.wanted)
@@ -110,7 +111,7 @@ def _beats_rounding(problem: Problem, scheme: Scheme, stats: Stats, values: torc
     return rows.loss(values[::step]) < rows.loss(nearest)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Problem:
     """What the loop minimises: the wanted weights and the factors of both metrics.
 
@@ -126,6 +127,11 @@ class Problem:
     rows: Feedback | None
     quadratic: Quadratic
     notes: list[str] = field(default_factory=list)
+
+    def let_go(self) -> None:
+        """Frees the factors once the loop is through; a factor can be as large as the largest gram."""
+        self.columns = replace(self.columns, upper=torch.empty(0, 0))
+        self.rows = None
 
     @classmethod
     def of(cls, w: torch.Tensor, stats: Stats, options: Mapping[str, Any]) -> Problem:

@@ -3,6 +3,8 @@
 The loop settles each weight knowing only the earlier ones. Here all are known: with everything else held, the loss tr(G E H E^T) is a
 parabola in one weight (or in one group's scale and shift), so its best representable place is exact and each step can only lower the loss.
 Blocks of columns take turns; the slopes of a block come from all the errors there are by one matrix product when its turn comes.
+
+Of the whole weight only its wanted values, its errors and its codes are held; what else a block needs is made when its turn comes.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from fewbit.math.search import Params
 from fewbit.num.qtensor import decode_codes
 from fewbit.num.scheme import Scheme
 from fewbit.solve.candidates import FINE, NAMES, Candidates, groups_of, neighbours, only
-from fewbit.solve.gptq_loop import TILE, WIDTH, Rounder
+from fewbit.solve.gptq_loop import TILE, WIDTH, Parameters, Rounder
 
 WIDEST = 1024  # columns of the largest group whose parameters are tuned
+PART = 1024  # columns whose losses are summed at once
 ENOUGH = 5e-4  # stop when a sweep changes no more than this share of the codes
 
 
@@ -53,17 +56,26 @@ class Quadratic:
         return moved if self.outer is None else self.outer @ moved
 
     def loss(self, values: torch.Tensor) -> float:
-        missing = values - self.w
-        return self.unit * float(self.slope(missing).mul_(missing).sum(dtype=torch.float64))
+        return self.loss_of(values - self.w)
+
+    def loss_of(self, missing: torch.Tensor) -> float:
+        """The loss of the errors E = `missing` [rows, cols]; block by block, so that no second tensor of that size is made."""
+        cuts = [slice(a, a + PART) for a in range(0, missing.shape[1], PART)]
+        return self.unit * sum(float((self.slope(missing, cut) * missing[:, cut]).double().sum()) for cut in cuts)
 
 
 @dataclass
 class State:
-    """What sweeps improve: level indices (see `Rounder`), their levels and values [rows, cols], and the parameters."""
+    """What sweeps improve.
+
+    Attributes:
+        index: level indices (see `Rounder`) [rows, cols], of the smallest dtype that holds them.
+        missing: float32 [rows, cols], values minus wanted weights.
+        params: as stored.
+    """
 
     index: torch.Tensor
-    level: torch.Tensor
-    value: torch.Tensor
+    missing: torch.Tensor
     params: Params
 
 
@@ -88,11 +100,11 @@ def sweep(
         return found.to(device), _moved(kept, device), loss
     rounder = Rounder.of(scheme.grid)
     tune = tune and _group_size(scheme, tuple(codes.shape)) <= WIDEST
-    state = _start(scheme, rounder, codes, params)
+    state = _start(scheme, rounder, codes, params, problem.w)
     for _ in range(sweeps):
         if _pass(scheme, rounder, state, problem, tune) <= ENOUGH * codes.numel():
             break
-    return rounder.final_codes(state.index), state.params, problem.loss(state.value)
+    return rounder.final_codes(state.index), state.params, problem.loss_of(state.missing)
 
 
 def _moved(params: Params, device: torch.device | str) -> Params:
@@ -100,40 +112,46 @@ def _moved(params: Params, device: torch.device | str) -> Params:
     return Params(**{name: None if part is None else part.to(device) for name, part in parts.items()})
 
 
-def _start(scheme: Scheme, rounder: Rounder, codes: torch.Tensor, params: Params) -> State:
-    level = decode_codes(scheme.grid, codes).contiguous()
-    if rounder.uniform:
-        index = codes.to(torch.int32)
-    else:
-        index = torch.searchsorted(rounder.levels, level).to(torch.int32)
-    shape = tuple(codes.shape)
-    p = only(scheme, params, shape).numbers()
+def _start(scheme: Scheme, rounder: Rounder, codes: torch.Tensor, params: Params, wanted: torch.Tensor) -> State:
+    index, shape = codes, tuple(codes.shape)
+    if not rounder.uniform:
+        small = torch.uint8 if len(rounder.levels) <= 256 else torch.int32
+        index = torch.empty(shape, dtype=small)
+    missing = torch.empty_like(wanted)
+    make = only(scheme, params, shape)
+    for start, end in _ranges(scheme, shape):
+        cut = slice(start, end)
+        level = decode_codes(scheme.grid, codes[:, cut].contiguous())
+        if not rounder.uniform:
+            index[:, cut] = torch.searchsorted(rounder.levels, level).to(index.dtype)
+        missing[:, cut] = _values(level, make.numbers(start, end)) - wanted[:, cut]
+    return State(index.clone() if index is codes else index, missing, params)
+
+
+def _values(level: torch.Tensor, p: Parameters) -> torch.Tensor:
+    """What levels [rows, cols] stand for under the first of the candidates."""
     s, z, v = (part[:, p.gid.long(), 0] for part in (p.scale, p.zero, p.shift))
-    return State(index.contiguous(), level, ((level - z) * s + v).contiguous(), params)
+    return (level - z) * s + v
 
 
 def _pass(scheme: Scheme, rounder: Rounder, state: State, problem: Quadratic, tune: bool) -> int:
     """One pass over all columns, each block with slopes computed afresh; -> codes changed."""
-    shape = tuple(state.value.shape)
+    shape = tuple(state.missing.shape)
     make = neighbours(scheme, state.params, shape, FINE) if tune else only(scheme, state.params, shape)
-    numbers = make.numbers()
-    choice = torch.zeros(numbers.scale.shape[:2], dtype=torch.int32)
-    missing, changed = state.value - problem.w, 0
+    choices: list[torch.Tensor] = []
+    changed = 0
     for start, end in _ranges(scheme, shape):
-        groups, cut = numbers.gid[start:end], slice(start, end)
-        g0, g1 = int(groups[0]), int(groups[-1]) + 1
-        parts = [part[:, g0:g1].contiguous() for part in (numbers.scale, numbers.zero, numbers.shift)]
-        slope = problem.slope(missing, cut)
-        held = [state.value[:, cut].contiguous(), slope, *(t[:, cut].contiguous() for t in (state.level, state.index))]
-        picked = choice[:, g0:g1].contiguous()
-        gram, gid = problem.metric(cut), (groups - g0).contiguous()
-        changed += _block(rounder, held, gram, problem.outer, parts, gid, picked)
-        for whole, part in zip((state.value, state.level, state.index), (held[0], *held[2:]), strict=True):
-            whole[:, cut] = part
-        choice[:, g0:g1] = picked
-        torch.sub(held[0], problem.w[:, cut], out=missing[:, cut])
+        cut, p = slice(start, end), make.numbers(start, end)
+        index = state.index[:, cut].to(torch.int32, memory_format=torch.contiguous_format)
+        level = index.float() if rounder.uniform else rounder.levels[index.long()]
+        held = [_values(level, p), problem.slope(state.missing, cut), level, index]
+        picked = torch.zeros(p.scale.shape[:2], dtype=torch.int32)
+        changed += _block(rounder, held, problem.metric(cut), problem.outer, [p.scale, p.zero, p.shift], p.gid, picked)
+        state.index[:, cut] = index.to(state.index.dtype)
+        torch.sub(held[0], problem.w[:, cut], out=state.missing[:, cut])
+        choices.append(picked)
     if tune:
-        state.params = make.pick(choice)
+        state.params = make.pick(torch.cat(choices, dim=1))
     return changed
 
 

@@ -7,7 +7,7 @@ import torch
 from format_cases import as_found, differences, manifest_of, random_qtensor
 
 from fewbit.base.errors import InputError
-from fewbit.formats import awq, gptq
+from fewbit.formats import autoround, awq, gptq
 from fewbit.formats.table import Assignment, detect
 from fewbit.num.scheme import parse_scheme
 
@@ -102,6 +102,20 @@ def test_symmetric_read_as_the_wrong_version_is_refused() -> None:
     assert found is not None
     with pytest.raises(InputError, match="wrong version"):
         gptq.V2.decode(NAME, tensors.__getitem__, found[NAME])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_autorounds_plain_packing_has_zero_points_as_they_are(bits: int) -> None:
+    """AutoRound writes asymmetric weights of other than 4 bits so; read as `auto_round:auto_gptq` they are off by a step."""
+    q = random_qtensor(parse_scheme(f"int{bits}-g32-asym"), (32, 64))
+    tensors = {name: t for name, t in gptq.V2.encode(NAME, q).items() if not name.endswith("g_idx")}
+    words = {"quant_method": "auto-round", "bits": bits, "group_size": 32, "sym": False, "data_type": "int"}
+    for packing, same in (("auto_round", True), ("auto_round:gptqmodel", True), ("auto_round:auto_gptq", False)):
+        config = {"quantization_config": {**words, "packing_format": packing}}
+        found = autoround.FORMAT.detect(config, manifest_of(tensors))
+        assert found is not None
+        again = autoround.FORMAT.decode(NAME, tensors.__getitem__, found[NAME])
+        assert torch.equal(again.dequantize(), q.dequantize()) is same
 
 
 @pytest.mark.parametrize("lie", [{"bits": 8}, {"group_size": 64}, {"group_size": -1}])

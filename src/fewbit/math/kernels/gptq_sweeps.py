@@ -105,7 +105,8 @@ def _sweep_row(
             i, new = _decoded(wanted, s, z, v, uniform, low, high, levels, edges)
             if new != value[j]:
                 move = (new - value[j]) * curvature
-                value[j], index[j], changed = new, np.int32(i), changed + 1
+                changed += index[j] != np.int32(i)  # not where only the last digit of a value is another
+                value[j], index[j] = new, np.int32(i)
                 level[j] = i if uniform else levels[int(i)]
                 _add_scaled(slope, gram[j], move, 0, cols)
         start = end
