@@ -21,6 +21,7 @@ from fewbit.base.errors import InputError
 LADDER = (1.0, 10.0, 100.0, 1000.0)  # times the damping asked for
 TURNED = 256  # rows that are turned over at once
 ROWS = 1024  # right-hand sides that are solved for at once
+PANELS = (128, 1024)  # fewest and most columns of a gram that are multiplied at once
 DOUBLE = 2048  # up to this size factors are computed in float64; a larger one takes float32
 
 
@@ -63,6 +64,23 @@ class Feedback:
             upper[:j, cut] = torch.linalg.solve_triangular(inner, full[:j, cut], upper=True, left=False)
             pivot[cut] = inner.square().sum(1).sqrt()
         return Feedback(upper, pivot, self.dead, self.damping, self.notes)
+
+
+def add_gram(gram: torch.Tensor | None, x: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
+    """gram [n, n] + alpha * x^T x for x [tokens, n], in place; None stands for zeros.
+
+    The products below the diagonal are written to both sides: a little more than half of the work, for the same numbers.
+    """
+    n = x.shape[1]
+    if gram is None:
+        gram = x.new_zeros(n, n)
+    width = min(PANELS[1], max(PANELS[0], n // 6 // PANELS[0] * PANELS[0]))
+    for a in range(0, n, width):
+        b = min(a + width, n)
+        part = x[:, a:].T @ x[:, a:b]  # [n - a, b - a]
+        gram[a:, a:b].add_(part, alpha=alpha)
+        gram[a:b, b:].add_(part[b - a :].T, alpha=alpha)
+    return gram
 
 
 def damped(gram: torch.Tensor, damping: float, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:

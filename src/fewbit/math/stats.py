@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from fewbit.base.errors import InputError
+from fewbit.math.linalg import add_gram
 from fewbit.math.ranges import magnitudes
 
 _SUMS = ("absmean", "sumsq", "gram", "cross_gram", "out_gram", "histogram")
@@ -96,7 +97,7 @@ class Stats:
         if "histogram" in needs:
             new["histogram"] = magnitudes(flat)
         if "gram" in needs:
-            new["gram"] = flat.T @ flat
+            new["gram"] = add_gram(None, flat)
         if "cross_gram" in needs:
             if x_float is None:
                 raise InputError("FB-E0703", "cross_gram needs the float model's inputs of the same tokens")
@@ -109,13 +110,13 @@ class Stats:
         found = replace(self, gram=None, cross_gram=None).add(x, x_float, needs=needs - large)
         flat = x.reshape(-1, x.shape[-1]).float()
         grams: dict[str, torch.Tensor] = {}
-        for name, left in (("gram", x), ("cross_gram", x_float)):
-            if name not in large:
-                continue
-            if left is None:
+        if "gram" in large:
+            grams["gram"] = add_gram(self.gram, flat)
+        if "cross_gram" in large:
+            if x_float is None:
                 raise InputError("FB-E0703", "cross_gram needs the float model's inputs of the same tokens")
-            other, held = left.reshape(flat.shape).float(), getattr(self, name)
-            grams[name] = other.T @ flat if held is None else held.addmm_(other.T, flat)
+            other = x_float.reshape(flat.shape).float()
+            grams["cross_gram"] = other.T @ flat if self.cross_gram is None else self.cross_gram.addmm_(other.T, flat)
         return replace(found, gram=grams.get("gram"), cross_gram=grams.get("cross_gram"))
 
     def scaled(self, factor: float, count: int) -> Stats:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import torch
 
 from fewbit.base.errors import InputError
-from fewbit.math.linalg import DOUBLE, solve_damped
+from fewbit.math.linalg import DOUBLE, add_gram, solve_damped
 
 # shares of the mean diagonal that are tried; every second for large grams
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -69,8 +69,7 @@ class Drift:
         """Notes the gram of the tokens so far: that of the statistics, less tokens [n, channels] in it that are not in these sums."""
         self.gram = gram.clone()
         if len(later):
-            later = later.float()
-            self.gram.addmm_(later.T, later, alpha=-1)
+            add_gram(self.gram, later.float(), alpha=-1)
 
     def solve(self, gram: torch.Tensor) -> torch.Tensor | None:
         """B float32 [outputs, channels], or None where nothing is better. The sums are used up.
@@ -99,7 +98,7 @@ class Drift:
             return CAUTIOUS
         some = gram.clone()
         for x, _ in self.held:
-            some.addmm_(x.float().T, x.float(), alpha=-1)
+            add_gram(some, x.float(), alpha=-1)
         rows = slice(None, None, -(-len(moved) // TRIED))
         best: float | None = None
         least = self._left(None, rows)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from fewbit.math.linalg import add_gram
 from fewbit.plan.calibrated import LOGITS, MOST_OUTPUTS
 from fewbit.run.acts import ActStore
 from fewbit.run.hf import BlockModel, Params, Read
@@ -205,7 +206,4 @@ def _backward(
 
 def _add(grams: dict[str, torch.Tensor], name: str, gradient: torch.Tensor) -> None:
     flat = gradient.detach().flatten(0, -2).float()
-    if name in grams:
-        grams[name].addmm_(flat.T, flat)
-    else:
-        grams[name] = flat.T @ flat
+    grams[name] = add_gram(grams.get(name), flat)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fewbit.base.errors import InputError
+from fewbit.math.linalg import add_gram
 from fewbit.math.metrics import kl_from_logits, output_error, relative_error, sqnr_db, weighted_error
 from fewbit.math.stats import Stats
 
@@ -28,6 +29,16 @@ def test_merged_parts_equal_the_whole() -> None:
     assert torch.allclose(whole.cross_gram.double(), x_float.double().T @ x.double(), rtol=1e-5, atol=1e-5)
     assert torch.allclose(whole.importance.double(), exact.diagonal() / 64, rtol=1e-5)
     assert torch.allclose(Stats(whole.count, gram=whole.gram).importance, whole.importance, rtol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 100, 128, 300, 1000])
+def test_half_of_a_gram_is_computed_and_both_are_right(channels: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(40, channels, generator=generator) for _ in range(2))
+    first = add_gram(None, x)
+    assert add_gram(first, y, alpha=-1) is first
+    exact = x.double().T @ x.double() - y.double().T @ y.double()
+    assert torch.equal(first, first.T) and torch.allclose(first.double(), exact, rtol=1e-5, atol=1e-4)
 
 
 def test_no_tokens_is_no_importance() -> None:
