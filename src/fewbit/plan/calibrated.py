@@ -195,10 +195,11 @@ def _budget(
 ) -> CalibratedBudget:
     kept = 0
     if keep:
-        # the widest inputs that are not made again, and the outputs that join the residual stream, of both streams
+        # the widest inputs that are not made again, and the outputs that join the residual stream (in their place if as wide), of both streams
         widths = [job.shape[-1] for jobs in shapes.blocks for job in jobs if len(job.shape) > 1]
         widest = max((width for width in widths if width < WIDE * shapes.hidden), default=0)
-        kept = (shapes.samples + shapes.drift) * shapes.length * (widest + shapes.hidden) * shapes.itemsize
+        width = shapes.hidden + (widest if widest != shapes.hidden else 0)
+        kept = (shapes.samples + shapes.drift) * shapes.length * width * shapes.itemsize
     phases = _phases(shapes, plan, solved, workers, kept, spill)
     base = BASE_BYTES + MODEL_BYTES
     if not device:
@@ -276,8 +277,9 @@ def _block_phases(shapes: Shapes, plan: Plan, jobs: tuple[Job, ...], solved: set
         gram, ends = 4 * channels**2, stage[0].role in LAST and experts == 1
         paired = int(shapes.drift > 0 and experts == 1)
         held = experts * gram + paired * (4 * prod(stage[0].shape[-2:]) if ends else gram)
-        # the regression of the drift: the gram without the tokens it is judged by, a factor of that, and the paired tokens' own gram
-        apart = paired * gram * (2 if shapes.drift == shapes.samples else 3)
+        # the regression of the drift: a factor, a small gram without the tokens it is judged by, and the paired tokens' own gram
+        factor = 1 if channels > LARGE else 3
+        apart = paired * gram * (factor + (shapes.drift < shapes.samples))
         flat = shapes.tokens * channels * 4 * 3
         solving = sum(sorted((_solver_bytes(job) for job in stage), reverse=True)[:workers])
         if ends:  # the float block is gone by then

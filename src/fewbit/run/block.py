@@ -68,7 +68,7 @@ class Calibrated:
 
     def __iter__(self) -> Iterator[tuple[Group, Solved]]:
         with contextlib.ExitStack() as stack, torch.no_grad():
-            if self.room.spill:  # memory is short: what lanes free must not wait in the heap for them
+            if self.room.spill or self.model.dtype.itemsize == 2:  # what lanes free must not wait in the heap for them
                 stack.enter_context(straight_from_the_system())
             arguments, quantised, floats = self._enter(stack)
             for index in range(self._resume(quantised, floats), len(self.model)):
@@ -122,7 +122,7 @@ class Calibrated:
         tokens = self.tokens[: self._samples("loss_samples")]
 
         fisher_pass(
-            self.model, self.run.source.read, trunk, tokens, tracked, self.scratch, batch=self.batch,
+            self.model, self.run.source.read, trunk, tokens, tracked, self.scratch, batch=max(1, self.batch // 2),
             seed=self.run.plan.recipe["seed"], spill=self.room.spill, lanes=self.lanes,
             check_stop=self.run.stop.check,
         )  # fmt: skip
@@ -165,6 +165,7 @@ class Calibrated:
             stats = collect(first, second, number, self.needs, self.run.stop.check)
             if second is not None and originals is not None and not second.left:
                 originals.clear()  # the float stream is through: its block need not lie beside the last stage's grams
+            trim()
             self._top_up(block, stage, params, quantised, stats)
             correction = None if None not in stats else stats[None].correction
             for slot, found in self._solve(stage, slots, stats):

@@ -75,7 +75,7 @@ class Drift:
         """B float32 [outputs, channels], or None where nothing is better. The sums are used up.
 
         Args:
-            gram: that of the statistics, used where `self.gram` is None; left as it is.
+            gram: that of the statistics, used where `self.gram` is None; left as it is, but for rounding.
         """
         (moved, self.moved), (own, self.gram) = (self.moved, None), (self.gram, None)
         if moved is None:
@@ -96,14 +96,25 @@ class Drift:
         """The damping that foretells the tokens left out best, None where zero does."""
         if not self.held:
             return CAUTIOUS
-        some = gram.clone()
+        large = len(gram) > DOUBLE
+        some = gram if large else gram.clone()  # a large one is not held twice: what is taken out is put back
+        self._put_held(some, -1)
+        try:
+            return self._least(some, moved, DAMPINGS[1::2] if large else DAMPINGS)
+        finally:
+            if large:
+                self._put_held(some, 1)
+
+    def _put_held(self, gram: torch.Tensor, sign: float) -> None:
         for x, _ in self.held:
-            add_gram(some, x.float(), alpha=-1)
+            add_gram(gram, x.float(), alpha=sign)
+
+    def _least(self, gram: torch.Tensor, moved: torch.Tensor, dampings: tuple[float, ...]) -> float | None:
         rows = slice(None, None, -(-len(moved) // TRIED))
         best: float | None = None
         least = self._left(None, rows)
-        for damping in DAMPINGS if len(gram) <= DOUBLE else DAMPINGS[1::2]:
-            found, _ = solve_damped(some, moved[rows], damping)
+        for damping in dampings:
+            found, _ = solve_damped(gram, moved[rows], damping)
             left = self._left(found, rows)
             if left < least:
                 best, least = damping, left

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from fewbit.base.resident import trim
 from fewbit.math.linalg import add_gram
 from fewbit.plan.calibrated import LOGITS, MOST_OUTPUTS
 from fewbit.run.acts import ActStore
@@ -61,6 +62,7 @@ def fisher_pass(
             words = (kwargs[index], inputs[index], gradient, tracked[index], lanes, check_stop)
             grams = _backward(model, index, params, *words)
             inputs[index].close()
+            trim()
             _save(grams, folder / f"fisher-{index}.safetensors")
     (folder / "fisher-done").touch()
 

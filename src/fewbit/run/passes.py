@@ -61,6 +61,11 @@ class Kept:
     again: bool = False
     adds: float = 0.0
 
+    @property
+    def in_place(self) -> bool:
+        """Whether what it gives out may take the place of what it took in: its one product reads each batch for the last time."""
+        return self.inputs and list(self.widths.values()) == [self.width]
+
 
 def survey(block: Block, params: Params, stages: list[Stage], hidden: torch.Tensor) -> list[Kept] | None:
     """What to keep of each stage, tried on hidden states [1, length, width]; None when the block must be run from its start every time."""
@@ -325,7 +330,9 @@ class Stream:
     def forget(self, stage: int) -> None:
         """Frees inputs that no pass from this stage on asks for."""
         for key in [key for key in self.stores if not key[1] and key[0] < stage - 1]:
-            self.stores.pop(key).close()
+            store = self.stores.pop(key)
+            if store not in self.stores.values():
+                store.close()
 
     def finish(self, check_stop: Callable[[], None] = lambda: None) -> None:
         """Runs what is left to the end of the block; outputs take the place of the inputs."""
@@ -385,6 +392,8 @@ class Stream:
     def _keep(self, stage: int, param: str, batch: int, value: torch.Tensor) -> None:
         start, stop = self.hidden.span(batch)
         with self.lock:
+            if (stage, param) not in self.stores and param and self.kept is not None and self.kept[stage].in_place:
+                self.stores[stage, param] = self.stores[stage, ""]
             if (stage, param) not in self.stores:
                 shape = (*self.hidden.shape[:2], value.shape[-1])
                 path = None if self.files is None else self.files.with_name(f"{self.files.name}-{stage}-{param}.live")
@@ -394,6 +403,6 @@ class Stream:
 
 def kept_bytes(kept: list[Kept], tokens: int, itemsize: int) -> int:
     """Most bytes that one stream keeps at a time, at least as much as it does."""
-    inputs = [k.width for k in kept if k.inputs]
+    inputs = [k.width for k in kept if k.inputs and not (k.in_place and k.outputs)]
     outputs = sum(sum(k.widths.values()) for k in kept[:-1] if k.outputs)
     return tokens * itemsize * (max(inputs, default=0) + outputs)

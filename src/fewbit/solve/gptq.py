@@ -149,7 +149,7 @@ class Problem:
         wanted = w
         if options["drift"] and stats.correction is not None and stats.correction.shape == w.shape:
             wanted = w + stats.correction.to(w.device)
-        elif options["drift"] and stats.cross_gram is not None:
+        elif options["drift"] and stats.cross_gram is not None and stats.cross_gram is not stats.gram:
             wanted = drifted(w, gram, stats.cross_gram.to(w.device), columns, order)
         rows = outer = None
         unit = 1.0 / max(1, stats.count)
