@@ -104,11 +104,23 @@ class Stats:
             new["cross_gram"] = x_float.reshape(flat.shape).float().T @ flat
         return self.merge(Stats(flat.shape[0], **new))
 
-    def take(self, x: torch.Tensor, x_float: torch.Tensor | None = None, *, needs: frozenset[str]) -> Stats:
-        """As `add`, but the grams are summed in place: large ones are then held once, not three times. This one must not be used again."""
+    def take(
+        self,
+        x: torch.Tensor,
+        x_float: torch.Tensor | None = None,
+        *,
+        needs: frozenset[str],
+        root: torch.Tensor | None = None,
+    ) -> Stats:
+        """As `add`, but the grams are summed in place: large ones are then held once, not three times. This one must not be used again.
+
+        Args:
+            root: floating [tokens, 1], square roots of what the tokens count in the grams; None: all alike. Other sums count them alike.
+        """
         large = needs & {"gram", "cross_gram"}
         found = replace(self, gram=None, cross_gram=None).add(x, x_float, needs=needs - large)
         flat = x.reshape(-1, x.shape[-1]).float()
+        flat = flat if root is None else flat * root
         grams: dict[str, torch.Tensor] = {}
         if "gram" in large:
             grams["gram"] = add_gram(self.gram, flat)
@@ -116,6 +128,7 @@ class Stats:
             if x_float is None:
                 raise InputError("FB-E0703", "cross_gram needs the float model's inputs of the same tokens")
             other = x_float.reshape(flat.shape).float()
+            other = other if root is None else other * root
             grams["cross_gram"] = other.T @ flat if self.cross_gram is None else self.cross_gram.addmm_(other.T, flat)
         return replace(found, gram=grams.get("gram"), cross_gram=grams.get("cross_gram"))
 

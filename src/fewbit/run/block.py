@@ -30,7 +30,7 @@ from fewbit.plan.calibrated import calibrated_budget
 from fewbit.run.acts import ActStore
 from fewbit.run.answers import MIN_EXPERT_TOKENS, Answers, Found
 from fewbit.run.collect import collect
-from fewbit.run.fisher import OUTPUT, fisher_pass, load_grams
+from fewbit.run.fisher import OUTPUT, TOKENS, fisher_pass, load_grams, token_weights
 from fewbit.run.hf import Params, Slot
 from fewbit.run.lanes import in_lanes
 from fewbit.run.observe import Observer, StopForward, Use
@@ -156,13 +156,14 @@ class Calibrated:
         originals = {name: value.clone() for name, value in params.items()} if floats is not None else None
         slots = self._slots(block.index)
         self.answers.grams = load_grams(self.scratch, block.index)
+        weights = token_weights(self.answers.grams.pop(TOKENS, None), len(self.tokens))
         solved: dict[str, tuple[Slot, Found]] = {}
         corrections: dict[str, torch.Tensor] = {}
         together = any(wants(self.answers.by_tensor[s.name]) for held in slots.values() for s in held)
         stages, kept = self._structure(block, params, slots, quantised.get(0)[:1])
         first, second = self._streams(block, stages, kept, params, originals, quantised, floats)
         for number, stage in enumerate(stages):
-            stats = collect(first, second, number, self.needs, self.run.stop.check)
+            stats = collect(first, second, number, self.needs, self.run.stop.check, weights)
             if second is not None and originals is not None and not second.left:
                 originals.clear()  # the float stream is through: its block need not lie beside the last stage's grams
             trim()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from fewbit.math.stats import Stats
 from fewbit.run.drift import Drift, held_batches
 from fewbit.run.lanes import in_lanes
@@ -18,6 +20,7 @@ def collect(
     stage: int,
     needs: frozenset[str],
     check_stop: Callable[[], None],
+    weights: torch.Tensor | None = None,
 ) -> ByExpert:
     """Statistics of a stage's inputs over all sequences.
 
@@ -26,6 +29,8 @@ def collect(
 
     Args:
         quantised, floats: the two streams; the second may hold the first sequences only, or be None where no solver asks for `cross_gram`.
+        weights: float32 [sequences, length], what each token counts in the grams and in the regression of the drift; None: all alike. Tokens that
+            are sent to experts count alike.
     """
     lanes, last = quantised.block.lanes, stage + 1 == len(quantised.stages)
     plain = not quantised.stages[stage].experts  # experts see other tokens in the two streams
@@ -48,8 +53,10 @@ def collect(
             mine, out = quantised.outputs(stage, batch)
         else:
             mine = quantised.inputs(stage, batch)
+        root = None if weights is None else weights[slice(*quantised.hidden.span(batch))].flatten().sqrt()
         for expert, x in mine.items():
-            stats[expert] = stats.get(expert, Stats()).take(x, needs=needs - {"cross_gram"})
+            share = None if root is None or expert is not None else root.to(x.device)[:, None]
+            stats[expert] = stats.get(expert, Stats()).take(x, needs=needs - {"cross_gram"}, root=share)
             if floats is None or expert not in true:
                 continue
             flat, other = x.flatten(0, -2), true[expert].flatten(0, -2)
@@ -59,6 +66,8 @@ def collect(
             else:
                 wanted = floats.hidden.get(batch).to(out.device).flatten(0, -2)
                 missing = (wanted - out.flatten(0, -2)[:count]) / adds
+            if share is not None:
+                flat, missing = flat * share, missing * share[:count]
             drift.add(flat[:count], missing, length, batch in held)
             if batch + lanes >= paired and floats.hidden.shape[0] < quantised.hidden.shape[0]:
                 drift.end(stats[expert].held("gram"), flat[count:])

@@ -3,6 +3,8 @@
 For a linear layer y = W x the Fisher information of the model's own predictions factors approximately into E[x xᵀ] and E[g gᵀ], with g the
 gradient of the loss at y, for labels drawn from the model (arXiv 1503.05671; used for rounding in YAQA, arXiv 2505.22988, and
 GuidedQuant, arXiv 2505.07004). The right factor is the gram that every calibrated solver uses; this file gives the left one, `out_gram`.
+The two factors are not independent: where the gradient is large, inputs count for more. So the size of every token's gradient is kept too, and weighs
+the token in the right factor (`token_weights`).
 
 The pass is checkpointed at blocks: the forward pass keeps each block's inputs (on disk when they are large), the backward pass
 recomputes one block at a time. So it needs one block and its graph in memory, like everything else here.
@@ -30,6 +32,8 @@ from fewbit.run.observe import Observer, Use
 Tracked = dict[str, str]
 """Local parameter name -> stored tensor name."""
 OUTPUT = "block.output"  # stands among the weights for what comes out of the block
+TOKENS = "block.tokens"  # and this for the squared gradients there, token by token
+POWER, MOST = 0.5, 10.0  # a token weighs as its squared gradient to this power, at most so many times the mean
 
 
 def fisher_pass(
@@ -46,7 +50,8 @@ def fisher_pass(
     lanes: int = 1,
     check_stop: Callable[[], None] = lambda: None,
 ) -> None:
-    """Writes `fisher-<block>.safetensors` into `folder` for every block: stored name (and `OUTPUT`) -> float32 [outputs, outputs].
+    """Writes `fisher-<block>.safetensors` into `folder` for every block: stored name (and `OUTPUT`) -> float32 [outputs, outputs], and
+    `TOKENS` -> float32 [windows, length].
 
     Args:
         tokens: int64 [windows, length]. tracked: per block, the matrices wanted. batch: windows per step.
@@ -71,6 +76,19 @@ def load_grams(folder: Path, index: int) -> dict[str, torch.Tensor]:
     """The grams of a block that `fisher_pass` wrote; empty when it did not run."""
     path = folder / f"fisher-{index}.safetensors"
     return load_file(path) if path.exists() else {}
+
+
+def token_weights(sizes: torch.Tensor | None, sequences: int) -> torch.Tensor | None:
+    """What each token weighs, float32 [sequences, length] with a mean of one, from squared gradients [windows, length] of the first of them.
+
+    The gradient is that of one drawn label, a noisy measure: the square root and the limit keep few tokens from outweighing all others.
+    """
+    if sizes is None or not bool(torch.isfinite(sizes).all()) or not bool(sizes.any()):
+        return None
+    weights = torch.ones(sequences, sizes.shape[1])
+    found = (sizes / sizes.mean()).pow(POWER).clamp_(max=MOST)
+    weights[: len(sizes)] = found / found.mean()
+    return weights
 
 
 def _save(grams: dict[str, torch.Tensor], path: Path) -> None:
@@ -179,6 +197,7 @@ def _backward(
 ) -> dict[str, torch.Tensor]:
     """Grams of one block's outputs; `gradient` is turned into the gradient at the block's inputs."""
     sums: list[dict[str, torch.Tensor]] = [{} for _ in range(lanes)]
+    sizes: dict[int, torch.Tensor] = {}  # by batch
     recorded = min(inputs.batch, inputs.shape[0])
     model.prepare(index, lanes)
 
@@ -196,6 +215,7 @@ def _backward(
         slope = gradient.get(number).to(model.device)
         if slope.shape[-1] <= MOST_OUTPUTS:
             _add(grams, OUTPUT, slope)
+        sizes[number] = slope.float().square().sum(-1)
         gradient.put(number, torch.autograd.grad(out, hidden, slope)[0])
 
     in_lanes(len(inputs), lanes, work, check_stop)
@@ -203,6 +223,7 @@ def _backward(
     for more in sums[1:]:
         for name, gram in more.items():
             whole[name] = whole[name] + gram if name in whole else gram
+    whole[TOKENS] = torch.cat([sizes[number] for number in sorted(sizes)])
     return {name: gram.cpu() for name, gram in whole.items()}
 
 

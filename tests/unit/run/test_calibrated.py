@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from fewbit import api
 from fewbit.base.errors import Interrupted
-from fewbit.run.fisher import _drawn, fisher_pass, load_grams
+from fewbit.math.stats import Stats
+from fewbit.run.fisher import OUTPUT, TOKENS, _drawn, fisher_pass, load_grams, token_weights
 from fewbit.run.hf import BlockModel
 from fewbit.run.source import open_source
 
@@ -140,8 +141,10 @@ def test_fisher_grams_equal_plain_autograd(tmp_path: Path) -> None:
         module.register_forward_hook(
             lambda _m, _i, out, name=name: (out.retain_grad(), outputs.__setitem__(name, out))[1]
         )
+    layer.register_forward_hook(lambda _m, _i, out: (out.retain_grad(), outputs.__setitem__(OUTPUT, out))[1])
     generator = torch.Generator().manual_seed(3)
-    wanted = dict.fromkeys(names, 0.0)
+    wanted = dict.fromkeys((*names, OUTPUT), 0.0)
+    sizes = []
     for batch in tokens.split(2):
         logits = model(inputs_embeds=model.model.embed_tokens(batch).detach().requires_grad_(True)).logits.flatten(0, 1)
         labels = _drawn(logits.detach().softmax(-1), generator)[:, 0]
@@ -149,8 +152,33 @@ def test_fisher_grams_equal_plain_autograd(tmp_path: Path) -> None:
         for name, out in outputs.items():
             g = out.grad.flatten(0, 1)
             wanted[name] = wanted[name] + g.T @ g
-    for local, stored in names.items():
+        sizes.append(outputs[OUTPUT].grad.square().sum(-1))
+    for local, stored in {**names, OUTPUT: OUTPUT}.items():
         assert torch.allclose(found[stored], wanted[local], rtol=1e-3, atol=1e-5)
+    assert torch.allclose(found[TOKENS], torch.cat(sizes), rtol=1e-3, atol=1e-7)
+
+
+def test_tokens_weigh_what_the_loss_feels() -> None:
+    sizes = torch.tensor([[1.0, 4.0, 9.0, 0.0], [1.0, 1.0, 1.0, 1e9]])
+    weights = token_weights(sizes, 3)
+    assert weights is not None and weights.shape == (3, 4) and bool((weights[2] == 1).all())
+    assert abs(float(weights[:2].mean()) - 1) < 1e-6
+    assert torch.allclose(weights[0, 1] / weights[0, 0], torch.tensor(2.0)), "the square root of a squared gradient"
+    assert float(weights.max()) < 10 * 8, "one token does not outweigh all others"
+    for bad in (None, torch.zeros(2, 4), torch.full((2, 4), torch.nan)):
+        assert token_weights(bad, 3) is None
+
+
+def test_weighted_tokens_count_in_the_grams_only() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2, 5, 8, generator=generator) for _ in range(2))
+    share = torch.rand(10, 1, generator=generator)
+    needs = frozenset({"gram", "cross_gram", "absmax", "sumsq"})
+    found = Stats().take(x, y, needs=needs, root=share.sqrt()).take(x, y, needs=needs)
+    flat, other = x.flatten(0, 1), y.flatten(0, 1)
+    assert torch.allclose(found.gram, flat.T @ (flat * share) + flat.T @ flat, atol=1e-5)
+    assert torch.allclose(found.cross_gram, other.T @ (flat * share) + other.T @ flat, atol=1e-5)
+    assert torch.allclose(found.sumsq.float(), 2 * flat.square().sum(0)) and found.count == 20
 
 
 RUN = {
