@@ -12,11 +12,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from fewbit.base.errors import FewbitError, Refusals
+from fewbit.base.errors import FewbitError, Interrupted, Refusals
 from fewbit.cli.main import COMMANDS, front_page
 from fewbit.cli.refusals import SHOWN, lines
-
-INTERRUPTED = 130
 
 
 class LazyGroup(TyperGroup):
@@ -57,7 +55,7 @@ def run(args: list[str]) -> int:
     as_json = "--json" in args
     try:
         result = app(args=args, prog_name="fewbit", standalone_mode=False)
-        if result == INTERRUPTED:  # typer's answer to a Ctrl-C that reached it
+        if result == Interrupted.exit_status:  # typer's answer to a Ctrl-C that reached it
             raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except FewbitError as error:
@@ -65,7 +63,7 @@ def run(args: list[str]) -> int:
         return error.exit_status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return Interrupted.exit_status
     except BrokenPipeError:
         sys.stderr.close()
         return 0
@@ -80,7 +78,7 @@ def _other(error: Exception) -> int:
         show()
         return 2
     if type(error).__name__ in ("Exit", "Abort"):
-        return int(getattr(error, "exit_code", INTERRUPTED))
+        return int(getattr(error, "exit_code", Interrupted.exit_status))
     traceback.print_exception(error)
     print("FB-E0001 this is a fault of fewbit: please report it with the command and the lines above", file=sys.stderr)
     return 1

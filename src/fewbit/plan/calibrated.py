@@ -314,8 +314,7 @@ def _solver_bytes(job: Job) -> int:
     weight = rows * channels * 4
     if "gram" not in SOLVERS[job.solver].needs:
         return weight * SWEEP_COPIES
-    double = channels <= LARGE
     across = rows**2 * (FACTOR_BYTES if rows <= LARGE else 2 * LARGE_FACTOR_BYTES) if rows <= MOST_OUTPUTS else 0
-    factoring = weight + channels**2 * (FACTOR_BYTES if double else LARGE_FACTOR_BYTES)
+    factoring = weight + channels**2 * (FACTOR_BYTES if channels <= LARGE else LARGE_FACTOR_BYTES)
     looping = int(weight * LOOP_COPIES) + channels**2 * LARGE_FACTOR_BYTES
     return across + max(factoring, looping, weight * SWEEP_COPIES)

@@ -61,11 +61,7 @@ def collect(
                 continue
             flat, other = x.flatten(0, -2), true[expert].flatten(0, -2)
             count = len(other)
-            if out is None:
-                missing = other - flat[:count]
-            else:
-                wanted = floats.hidden.get(batch).to(out.device).flatten(0, -2)
-                missing = (wanted - out.flatten(0, -2)[:count]) / adds
+            missing = other - flat[:count] if out is None else _missing(floats.hidden.get(batch), out, adds)
             if share is not None:
                 flat, missing = flat * share, missing * share[:count]
             drift.add(flat[:count], missing, length, batch in held)
@@ -73,12 +69,24 @@ def collect(
                 drift.end(stats[expert].held("gram"), flat[count:])
 
     in_lanes(len(quantised.hidden), lanes, work, check_stop)
+    stats = _merged(sums)
+    if paired and "cross_gram" in needs:
+        stats[None] = _corrected(stats[None], Drift.together(drifts), bool(adds))
+    return stats
+
+
+def _missing(wanted: torch.Tensor, out: torch.Tensor, adds: float) -> torch.Tensor:
+    """What the last product would have to add for a block's outputs to be those of the float stream, which may hold fewer sequences."""
+    wanted = wanted.to(out.device).flatten(0, -2)
+    return (wanted - out.flatten(0, -2)[: len(wanted)]) / adds
+
+
+def _merged(sums: list[ByExpert]) -> ByExpert:
+    """The statistics of all lanes, in their order."""
     stats = sums[0]
     for more in sums[1:]:
         for expert, one in more.items():
             stats[expert] = stats[expert].merge(one) if expert in stats else one
-    if paired and "cross_gram" in needs:
-        stats[None] = _corrected(stats[None], Drift.together(drifts), bool(adds))
     return stats
 
 

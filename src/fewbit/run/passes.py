@@ -391,14 +391,18 @@ class Stream:
 
     def _keep(self, stage: int, param: str, batch: int, value: torch.Tensor) -> None:
         start, stop = self.hidden.span(batch)
+        store = self._store(stage, param, value.shape[-1])
+        store.put(batch, value.reshape(stop - start, self.hidden.shape[1], -1))
+
+    def _store(self, stage: int, param: str, width: int) -> ActStore:
+        """Where a stage's inputs ("") or products are kept, made when first asked for."""
         with self.lock:
-            if (stage, param) not in self.stores and param and self.kept is not None and self.kept[stage].in_place:
-                self.stores[stage, param] = self.stores[stage, ""]
             if (stage, param) not in self.stores:
-                shape = (*self.hidden.shape[:2], value.shape[-1])
                 path = None if self.files is None else self.files.with_name(f"{self.files.name}-{stage}-{param}.live")
-                self.stores[stage, param] = ActStore(shape, self.hidden.dtype, self.hidden.batch, path)
-        self.stores[stage, param].put(batch, value.reshape(stop - start, self.hidden.shape[1], -1))
+                in_place = param and self.kept is not None and self.kept[stage].in_place
+                words = ((*self.hidden.shape[:2], width), self.hidden.dtype, self.hidden.batch, path)
+                self.stores[stage, param] = self.stores[stage, ""] if in_place else ActStore(*words)
+            return self.stores[stage, param]
 
 
 def kept_bytes(kept: list[Kept], tokens: int, itemsize: int) -> int:

@@ -113,10 +113,8 @@ def _moved(params: Params, device: torch.device | str) -> Params:
 
 
 def _start(scheme: Scheme, rounder: Rounder, codes: torch.Tensor, params: Params, wanted: torch.Tensor) -> State:
-    index, shape = codes, tuple(codes.shape)
-    if not rounder.uniform:
-        small = torch.uint8 if len(rounder.levels) <= 256 else torch.int32
-        index = torch.empty(shape, dtype=small)
+    shape, small = tuple(codes.shape), torch.uint8 if len(rounder.levels) <= 256 else torch.int32
+    index = codes.clone() if rounder.uniform else torch.empty(shape, dtype=small)
     missing = torch.empty_like(wanted)
     make = only(scheme, params, shape)
     for start, end in _ranges(scheme, shape):
@@ -125,7 +123,7 @@ def _start(scheme: Scheme, rounder: Rounder, codes: torch.Tensor, params: Params
         if not rounder.uniform:
             index[:, cut] = torch.searchsorted(rounder.levels, level).to(index.dtype)
         missing[:, cut] = _values(level, make.numbers(start, end)) - wanted[:, cut]
-    return State(index.clone() if index is codes else index, missing, params)
+    return State(index, missing, params)
 
 
 def _values(level: torch.Tensor, p: Parameters) -> torch.Tensor:

@@ -30,13 +30,8 @@ MODELS = {
     "gpt_neox": {**SMALL, "num_key_value_heads": None, "tie_word_embeddings": True},
     "mixtral": {**SMALL, "num_local_experts": 3, "num_experts_per_tok": 2},
 }
-ADDS = {
-    "llama": 1.0,
-    "phi": 1.0,
-    "gpt2": 1.0,
-    "gpt_neox": 1.0,
-    "granite": 0.25,
-}  # others put a norm behind their last product
+# others put a norm behind their last product
+ADDS = {"llama": 1.0, "phi": 1.0, "gpt2": 1.0, "gpt_neox": 1.0, "granite": 0.25}
 NEEDS = frozenset({"gram", "cross_gram", "absmax"})
 
 
