@@ -23,8 +23,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit, prange
 
-from fewbit.math.kernels.kquants_tiles import F, growth, inverse, inverses, round_f16
+from fewbit.math.kernels.kquants_tiles import F, growth, inverse, inverses, lanes_array, round_f16
 from fewbit.math.kernels.lanes import higher, load, lower, neighbour, rint, splat, store, total, where_greater
+from fewbit.math.kernels.options import INNER, OUTER
 from fewbit.math.kernels.vectors import load_super, loose_errors, nearest_vectors
 
 # rows of the scratch array, one float32 per lane each
@@ -43,14 +44,14 @@ class Layout(NamedTuple):
     top: int
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+@njit(**INNER, inline="always")
 def _blockwise(even, odd, layout):
     """Sums over blocks of numbers of codes 2 n and 2 n + 1, in all lanes of a block."""
     both = even + odd
     return both if layout.per_block == 2 else both + neighbour(both)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _loose(target, weight, codebook, layout, scale, s):
     """Errors of blocks with every magnitude on its own nearest level, each shift unit taking the better variant (left in `s`)."""
     levels, shifts = codebook.levels, codebook.shifts
@@ -72,7 +73,7 @@ def _loose(target, weight, codebook, layout, scale, s):
     return lower(high, low)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _start(target, weight, codebook, layout, ladder, s):
     """Step 1: the scale of every block on its own, and how its error bends with it."""
     zero = splat(F(0))
@@ -92,7 +93,7 @@ def _start(target, weight, codebook, layout, ladder, s):
     store(s, _BEND, bend * inverses(ideal * ideal))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _aligned(s, top):
     """The super-scale whose odd multiples are nearest to the scales of all blocks.
 
@@ -111,26 +112,26 @@ def _aligned(s, top):
     return round_f16(chosen)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+@njit(**INNER, inline="always")
 def _nearest_odd(scale, d, top):
     """k >= 0 of the odd multiple d (2 k + 1) that is nearest to a scale."""
     exact = scale * splat(F(0.5) * inverse(d)) - splat(F(0.5))
     return lower(higher(rint(exact), splat(F(0))), splat(F(top)))
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+@njit(**INNER, inline="always")
 def _odd(k):
     return k + k + splat(F(1))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _shifts(codebook, at, s):
     """Shifts of the codes of one tile, by the variants last chosen."""
     low, high = codebook.shifts[0], codebook.shifts[codebook.shifts.size - 1]
     return splat(low) + load(s, at) * splat(high - low)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _evaluate(target, weight, codebook, layout, scale, indexed, forms, group, index, s):
     """Errors of all blocks at the given scales, and with `indexed` which vectors they take."""
     if codebook.shifts.size > 1:
@@ -142,7 +143,7 @@ def _evaluate(target, weight, codebook, layout, scale, indexed, forms, group, in
     return _blockwise(even, odd, layout)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _search(target, weight, codebook, layout, d, trials, forms, group, index, s):
     """Step 2: the k of every block."""
     ideal = load(s, _IDEAL)
@@ -159,7 +160,7 @@ def _search(target, weight, codebook, layout, d, trials, forms, group, index, s)
     return k
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _agreement(target, weight, codebook, layout, k, index, s):
     """(sum h x q, sum h q q) of a super-block, q being odd numbers times the vectors chosen: what it stands for at d = 1."""
     table, parts = codebook.table, layout.parts
@@ -179,7 +180,7 @@ def _agreement(target, weight, codebook, layout, k, index, s):
     return total(above), total(below)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _grown(target, weight, above, d, share):
     """Step 4: the super-scale with a share of its shrinkage undone; above: sum h x q."""
     energy = splat(F(0))
@@ -189,7 +190,7 @@ def _grown(target, weight, above, d, share):
     return round_f16(d * growth(total(energy), d * above, share))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _write(sup, layout, k, signs, index, codes, k_out, shift_out, s):
     """Codes, scale codes and shift bits of one super-block to where they belong."""
     parts, per_block, per_shift = layout.parts, layout.per_block, layout.per_shift
@@ -206,7 +207,7 @@ def _write(sup, layout, k, signs, index, codes, k_out, shift_out, s):
         codes[sup * 32 + code] = np.int32(word)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _solve(target, weight, codebook, layout, ladder, trials, refine, unbias, forms, group, index, s):
     """All four steps for one super-block: (k, d)."""
     _start(target, weight, codebook, layout, ladder, s)
@@ -221,7 +222,7 @@ def _solve(target, weight, codebook, layout, ladder, trials, refine, unbias, for
     return k, _grown(target, weight, above, d, unbias)
 
 
-@njit(nogil=True, cache=True, parallel=True, error_model="numpy")
+@njit(**OUTER, parallel=True)
 def quantize_vectors(x, h, codebook, layout, ladder, trials, refine, emphatic, unbias, codes, k_out, shift_out, d_out):
     """Quantise super-blocks of 256 weights coded eight at a time.
 
@@ -236,9 +237,10 @@ def quantize_vectors(x, h, codebook, layout, ladder, trials, refine, emphatic, u
     """
     supers, n = x.size // 256, codebook.levels.size
     for chunk in prange((supers + 7) // 8):
-        target, weight, signs = np.empty(256, np.float32), np.empty(256, np.float32), np.zeros(32, np.int64)
-        forms = np.empty((2 * n ** (4 // layout.parts) + 2 * n + 2 * n * n) * 16, np.float32)
-        group, index, s = np.empty(48, np.float32), np.zeros(layout.parts * 32, np.int64), np.zeros(SCRATCH, np.float32)
+        target, weight, signs = lanes_array(256), lanes_array(256), np.zeros(32, np.int64)
+        forms = lanes_array((2 * n ** (4 // layout.parts) + 2 * n + 2 * n * n) * 16)
+        group, index, s = lanes_array(48), np.zeros(layout.parts * 32, np.int64), lanes_array(SCRATCH)
+        s[:] = F(0)
         for sup in range(chunk * 8, min(supers, chunk * 8 + 8)):
             load_super(x, h, sup * 256, layout.sign_bits, emphatic, target, weight, signs, group)
             k, d = _solve(

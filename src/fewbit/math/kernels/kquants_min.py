@@ -24,18 +24,20 @@ from fewbit.math.kernels.kquants_tiles import (
     growths,
     inverse,
     inverses,
+    lanes_array,
     load_tile,
     round_f16,
     share_sums,
     tile_place,
 )
 from fewbit.math.kernels.lanes import half, higher, load, lower, rint, splat, store, where_greater
+from fewbit.math.kernels.options import INNER, OUTER
 
 # rows of the per-tile scratch array, one float32 per lane each
 _H, _HX, _SCALE, _SHIFT, _K, _M, _D, _DMIN, _AA, _AB, _BB, _RA, _RB, _GROWTH = (16 * row for row in range(14))
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+@njit(**INNER, inline="always")
 def _sums(xt, ht, inv, base, top, size):
     """(sum(h q), sum(h q q), sum(h x q)) as lanes, for the codes nearest to x * inv - base."""
     zero, most = splat(F(0)), splat(top)
@@ -52,14 +54,14 @@ def _sums(xt, ht, inv, base, top, size):
     return sq + sp, sqq + spp, sxq + syp
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+@njit(**INNER, inline="always")
 def _error(scale, shift, sq, sqq, sxq, h, hx):
     """Weighted squared error without the constant sum(h x x)."""
     two = splat(F(2))
     return scale * (scale * sqq + two * (shift * sq - sxq)) + shift * (shift * h - two * hx)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _ideal(xt, ht, top, size, candidates, polish, down, s):
     """Step 1: best scale and shift of every lane on its own; with `down` the shift may not be positive."""
     zero, tiny = splat(F(0)), splat(F(1e-37))
@@ -97,7 +99,7 @@ def _ideal(xt, ht, top, size, candidates, polish, down, s):
     store(s, _SHIFT, shift)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _codes_around(xt, ht, top, size, code_top, reach, s):
     """The best pair of codes (k, m) within reach of each lane's own, and the terms of the super-block's normal equations for it."""
     zero, most = splat(F(0)), splat(code_top)
@@ -134,7 +136,7 @@ def _codes_around(xt, ht, top, size, code_top, reach, s):
     store(s, _RB, m * hx)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _joint(s, first, width, d, dmin):
     """(d, dmin) of one super-block by least squares, its codes given; as they were where the equations are singular."""
     aa, ab, bb, ra, rb = F(0), F(0), F(0), F(0), F(0)
@@ -153,7 +155,7 @@ def _joint(s, first, width, d, dmin):
     return d, dmin
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _aligned(s, values, bends, first, width, extreme, top):
     """The multiplier, of some that put `extreme` on or about the highest code, whose multiples lie nearest to all values of a super-block."""
     start, chosen, least = extreme / top, extreme / top, F(np.inf)
@@ -168,7 +170,7 @@ def _aligned(s, values, bends, first, width, extreme, top):
     return round_f16(chosen)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _nest(xt, ht, top, size, supers, code_top, reach, rounds, s):
     """Step 2: codes k and m of the lanes, d and dmin (<= 0) of the groups of lanes, left in `s`."""
     width = LANES // supers
@@ -191,7 +193,7 @@ def _nest(xt, ht, top, size, supers, code_top, reach, rounds, s):
                 s[_D + lane], s[_DMIN + lane] = d, dmin
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _snap(x, first, blocks, size, top, s, codes):
     """Step 3: codes of the blocks of a tile under their stored scales and shifts."""
     zero, most = splat(F(0)), splat(top)
@@ -202,7 +204,7 @@ def _snap(x, first, blocks, size, top, s, codes):
             store(codes, j, lower(higher(rint((load(x, j) - low) * inv), zero), most))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _unshrink(xt, ht, top, size, width, share, s):
     """Step 4: what (d, dmin) are multiplied by, for each group of `width` lanes, left in all its lanes."""
     scale, shift, energy = load(s, _SCALE), load(s, _SHIFT), splat(F(0))
@@ -218,7 +220,7 @@ def _unshrink(xt, ht, top, size, width, share, s):
     store(s, _GROWTH, growths(load(s, _AA), load(s, _AB), share))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _settle(xt, ht, top, size, per_super, unbias, s):
     """Scales and shifts of the lanes as they are stored, before step 4, and what step 4 multiplies the stored ones by."""
     if per_super > 1:
@@ -234,7 +236,7 @@ def _settle(xt, ht, top, size, per_super, unbias, s):
         _unshrink(xt, ht, top, size, per_super, unbias, s)
 
 
-@njit(nogil=True, cache=True, parallel=True, error_model="numpy")
+@njit(**OUTER, parallel=True)
 def quantize_minimum(
     x,
     h,
@@ -267,12 +269,8 @@ def quantize_minimum(
     count = x.size // size
     tiles = (count + LANES - 1) // LANES
     for chunk in prange((tiles + CHUNK - 1) // CHUNK):
-        xt, ht, s = (
-            np.empty(size * LANES, np.float32),
-            np.empty(size * LANES, np.float32),
-            np.zeros(14 * LANES, np.float32),
-        )
-        column = -1
+        xt, ht, s, column = lanes_array(size * LANES), lanes_array(size * LANES), lanes_array(14 * LANES), -1
+        s[:] = F(0)
         for tile in range(chunk * CHUNK, min(tiles, chunk * CHUNK + CHUNK)):
             first, place = tile_place(tile, size, count, h.size)
             load_tile(x, x.size, first, count, size, xt)

@@ -24,15 +24,17 @@ from fewbit.math.kernels.kquants_tiles import (
     F,
     growths,
     inverses,
+    lanes_array,
     load_tile,
     round_f16,
     share_sums,
     tile_place,
 )
 from fewbit.math.kernels.lanes import half, higher, load, lower, rint, splat, store, where_greater
+from fewbit.math.kernels.options import INNER, OUTER
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+@njit(**INNER, inline="always")
 def _integer_sums(xt, ht, inv, low, high, size):
     """(sum(h x q), sum(h q q)) as lanes, for the integers nearest to x * inv."""
     a0, b0, a1, b1 = splat(F(0)), splat(F(0)), splat(F(0)), splat(F(0))
@@ -46,7 +48,7 @@ def _integer_sums(xt, ht, inv, low, high, size):
     return a0 + a1, b0 + b1
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _table_sums(xt, ht, inv, lut, resolution, offset, size, scratch):
     """The same for the levels of a table."""
     a, b = splat(F(0)), splat(F(0))
@@ -62,7 +64,7 @@ def _table_sums(xt, ht, inv, lut, resolution, offset, size, scratch):
     return a, b
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _ideal(xt, ht, low, high, lut, resolution, offset, size, candidates, polish, scratch):
     """Step 1: the best scale of every lane on its own."""
     least, most = load(xt, 0), load(xt, 0)
@@ -83,7 +85,7 @@ def _ideal(xt, ht, low, high, lut, resolution, offset, size, candidates, polish,
     return scale
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _nest(
     xt, ht, low, high, lut, resolution, offset, size, supers, k_low, k_high, reach, rounds, scratch, scale, k, ka, kb, d
 ):
@@ -129,7 +131,7 @@ def _nest(
                 d[g] = round_f16(above / below)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _snap(x, first, blocks, size, inverted, low, high, zero, lut, code_lut, resolution, offset, codes):
     """Step 3: codes of the blocks of a tile under their stored scales, given as 1 / scale."""
     bottom, most, start_code = splat(low), splat(high), splat(zero)
@@ -146,7 +148,7 @@ def _snap(x, first, blocks, size, inverted, low, high, zero, lut, code_lut, reso
                 codes[j] = code_lut[np.uint32(np.int32(min(max(x[j] * step + offset, F(0)), top)))]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _unshrink(xt, ht, low, high, lut, resolution, offset, size, width, share, scratch, scale, energies, agreements, by):
     """Step 4: what the super-scale is multiplied by, for each group of `width` lanes, left in `by` for all its lanes."""
     spread, energy = load(scale, 0), splat(F(0))
@@ -165,7 +167,7 @@ def _unshrink(xt, ht, low, high, lut, resolution, offset, size, width, share, sc
     store(by, 0, growths(load(energies, 0), load(agreements, 0), share))
 
 
-@njit(nogil=True, cache=True, parallel=True, error_model="numpy")
+@njit(**OUTER, parallel=True)
 def quantize_symmetric(
     x, h, size, per_super, low, high, zero, lut, code_lut, resolution, offset, candidates, polish, k_low, k_high, reach, rounds, unbias,
     codes, k_out, d_out,
@@ -184,18 +186,9 @@ def quantize_symmetric(
     count = x.size // size
     tiles = (count + LANES - 1) // LANES
     for chunk in prange((tiles + CHUNK - 1) // CHUNK):
-        xt, ht, scratch = (
-            np.empty(size * LANES, np.float32),
-            np.empty(size * LANES, np.float32),
-            np.empty(2 * LANES, np.float32),
-        )
-        scale, k, ka, kb = (
-            np.empty(LANES, np.float32),
-            np.empty(LANES, np.float32),
-            np.empty(LANES, np.float32),
-            np.empty(LANES, np.float32),
-        )
-        d, by, column = np.empty(LANES, np.float32), np.empty(LANES, np.float32), -1
+        xt, ht, scratch = lanes_array(size * LANES), lanes_array(size * LANES), lanes_array(2 * LANES)
+        scale, k, ka, kb = lanes_array(LANES), lanes_array(LANES), lanes_array(LANES), lanes_array(LANES)
+        d, by, column = lanes_array(LANES), lanes_array(LANES), -1
         for tile in range(chunk * CHUNK, min(tiles, chunk * CHUNK + CHUNK)):
             first, place = tile_place(tile, size, count, h.size)
             load_tile(x, x.size, first, count, size, xt)

@@ -14,13 +14,14 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from fewbit.math.kernels.lanes import higher, splat, where_greater
+from fewbit.math.kernels.options import INNER, OUTER
 
 LANES = 16
 CHUNK = 32  # tiles that one thread takes at a time
 F = np.float32
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def round_f16(value):
     """The float16 nearest to a float32, as float32; beyond the largest it stays there, as ggml's scales must be finite."""
     size = abs(value)
@@ -34,7 +35,7 @@ def round_f16(value):
     )
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def growth(energy, agreement, share):
     """What a least-squares scale is multiplied by so that `share` of its shrinkage is undone.
 
@@ -49,7 +50,7 @@ def growth(energy, agreement, share):
     return F(1.0) + share * max(energy / agreement - F(1.0), F(0.0))
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+@njit(**INNER, inline="always")
 def growths(energy, agreement, share):
     """`growth` of lanes."""
     one, zero = splat(F(1)), splat(F(0))
@@ -57,7 +58,7 @@ def growths(energy, agreement, share):
     return where_greater(agreement, splat(F(0.4)) * energy, grown, one)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def share_sums(lanes, width):
     """Sums over groups of `width` numbers of float32 [16], in place, in all of a group."""
     for first in range(0, LANES if width > 1 else 0, width):
@@ -67,19 +68,19 @@ def share_sums(lanes, width):
         lanes[first : first + width] = whole
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def inverse(scale):
     """1 / scale, and 0 for a scale of 0."""
     return F(1.0) / scale if scale != F(0.0) else F(0.0)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def inverses(scale):
     """`inverse` of lanes; scales below 1e-19 count as 0."""
     return where_greater(scale * scale, splat(F(1e-38)), splat(F(1.0)) / scale, splat(F(0.0)))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def tile_place(tile, size, count, period):
     """(first block of a tile, column tile that it lies in): tiles of the same columns are neighbours where rows are whole tiles."""
     weights = LANES * size
@@ -116,7 +117,7 @@ def transpose(typingctx, source, start, stride, out, to):
     return types.void(source, types.intp, types.intp, out, types.intp), codegen
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def load_tile(source, period, first, count, size, out):
     """Blocks first … first + 15 (the last one again where there are fewer) of `source`, which repeats every `period` weights, as lanes.
 
@@ -131,3 +132,11 @@ def load_tile(source, period, first, count, size, out):
         start = (min(first + lane, count - 1) * size) % period
         for j in range(size):
             out[j * LANES + lane] = source[start + j]
+
+
+@njit(**OUTER)
+def lanes_array(count):
+    """float32 [count], beginning on a line of the cache: vectors that lie across two cost twice."""
+    whole = np.empty(count + LANES - 1, np.float32)
+    start = (LANES - whole.ctypes.data // 4 % LANES) % LANES
+    return whole[start : start + count]

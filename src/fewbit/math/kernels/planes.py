@@ -11,6 +11,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from fewbit.math.kernels.options import OUTER
+
 _BYTES = 16
 _I8, _VECTOR = ir.IntType(8), ir.VectorType(ir.IntType(8), _BYTES)
 _WORD, _WORDS = ir.IntType(16), ir.VectorType(ir.IntType(16), _BYTES // 2)
@@ -55,7 +57,7 @@ _merge_1, _merge_2, _merge_4 = _merger(1), _merger(2), _merger(4)
 
 
 # One loop for each number of bits: with the choice inside, a tenth of the speed is left.
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**OUTER)
 def _pack_1(codes, width, first, flip, count, out, at, stride):
     for block in range(codes.size // count):
         for run in range(count // (width * 8)):
@@ -64,7 +66,7 @@ def _pack_1(codes, width, first, flip, count, out, at, stride):
                 _merge_1(codes, source, width, first, flip, out, to)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**OUTER)
 def _pack_2(codes, width, first, flip, count, out, at, stride):
     for block in range(codes.size // count):
         for run in range(count // (width * 4)):
@@ -73,7 +75,7 @@ def _pack_2(codes, width, first, flip, count, out, at, stride):
                 _merge_2(codes, source, width, first, flip, out, to)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**OUTER)
 def _pack_4(codes, width, first, flip, count, out, at, stride):
     for block in range(codes.size // count):
         for run in range(count // (width * 2)):
@@ -82,7 +84,7 @@ def _pack_4(codes, width, first, flip, count, out, at, stride):
                 _merge_4(codes, source, width, first, flip, out, to)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**OUTER)
 def _pack_short(codes, bits, width, first, flip, count, out, at, stride):
     planes, mask = 8 // bits, np.uint8((1 << bits) - 1)
     for block in range(codes.size // count):
@@ -111,7 +113,7 @@ def pack_planes(codes, bits, width, first, flip, count, out, at, stride):
         _PACKERS[bits](codes, width, first, flip, count, out, at, stride)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**OUTER)
 def pack_single_bits(words, first, flip, count, out, at, stride):
     """One bit of each of eight codes in a row to one byte, the first code's lowest; `count` bytes of every block to out[block * stride + at:].
 
@@ -125,7 +127,7 @@ def pack_single_bits(words, first, flip, count, out, at, stride):
             out[block * stride + at + i] = np.uint8((bits * gather) >> np.uint64(56))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**OUTER)
 def place(field, count, out, at, stride):
     """Every block's `count` bytes, uint8 [blocks * count], to out[block * stride + at:]."""
     if count == 2:  # one float16, the usual case

@@ -11,20 +11,21 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from fewbit.math.kernels.kquants_tiles import CHUNK, LANES, F, load_tile, tile_place
+from fewbit.math.kernels.kquants_tiles import CHUNK, LANES, F, lanes_array, load_tile, tile_place
 from fewbit.math.kernels.lanes import float_code, float_level, higher, load, lower, splat, store, where_greater
+from fewbit.math.kernels.options import INNER, OUTER
 
 TRIALS = 3
 LEAST, MOST = -126, 127  # exponents whose power of two and its inverse are normal float32
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _power(exponent):
     """2 ** exponent, exactly, for exponents of normal float32."""
     return np.int32((np.int32(exponent) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _exponents(xt, size, top, out):
     """floor(log2 of the largest weight) - floor(log2 of the largest level) of each lane, 0 for lanes of zeros."""
     zero, most = splat(F(0)), splat(F(0))
@@ -38,7 +39,7 @@ def _exponents(xt, size, top, out):
         out[lane] = F(min(max(exponent, LEAST + 1), MOST - 1)) if out[lane] > F(0) else F(0)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _error(xt, ht, size, scale, inv, high, shift, normal, magic):
     total = splat(F(0))
     for j in range(0, size * LANES, LANES):
@@ -48,7 +49,7 @@ def _error(xt, ht, size, scale, inv, high, shift, normal, magic):
     return total
 
 
-@njit(nogil=True, cache=True, parallel=True, error_model="numpy")
+@njit(**OUTER, parallel=True)
 def quantize_powers(x, h, size, top, high, shift, normal, magic, lowest, sign_bit, codes, e_out):
     """Quantise blocks of `size` weights, a multiple of 16.
 
@@ -60,13 +61,9 @@ def quantize_powers(x, h, size, top, high, shift, normal, magic, lowest, sign_bi
     count = x.size // size
     tiles = (count + LANES - 1) // LANES
     for chunk in prange((tiles + CHUNK - 1) // CHUNK):
-        xt, ht = np.empty(size * LANES, np.float32), np.empty(size * LANES, np.float32)
-        middle, powers, inverses = (
-            np.empty(LANES, np.float32),
-            np.empty(TRIALS * LANES, np.float32),
-            np.empty(TRIALS * LANES, np.float32),
-        )
-        step, column = np.empty(LANES, np.float32), -1
+        xt, ht = lanes_array(size * LANES), lanes_array(size * LANES)
+        middle, powers, inverses = lanes_array(LANES), lanes_array(TRIALS * LANES), lanes_array(TRIALS * LANES)
+        step, column = lanes_array(LANES), -1
         for tile in range(chunk * CHUNK, min(tiles, chunk * CHUNK + CHUNK)):
             first, place = tile_place(tile, size, count, h.size)
             load_tile(x, x.size, first, count, size, xt)

@@ -25,6 +25,7 @@ from numba import njit
 
 from fewbit.math.kernels.kquants_tiles import F, transpose
 from fewbit.math.kernels.lanes import higher, load, lower, root, splat, store, total, where_greater
+from fewbit.math.kernels.options import INNER
 
 
 class Book(NamedTuple):
@@ -67,7 +68,7 @@ def book(table: np.ndarray, shifts: tuple[float, ...] = (0.0,)) -> Book:
     )
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+@njit(**INNER, inline="always")
 def _level_errors(target, weight, row, s, delta, levels, out, at):
     """Errors of one magnitude at every level, to out[at:], [n, 16]; the constant h x^2 is left out: h s^2 m^2 - 2 h x s m."""
     h = load(weight, row)
@@ -77,7 +78,7 @@ def _level_errors(target, weight, row, s, delta, levels, out, at):
         store(out, at + i * 16, (a * m - b) * m)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+@njit(**INNER, inline="always")
 def _pair_sums(left, right, n, table, out, at):
     """Sums of every entry of one table with every entry of another, [n, 16] at table[left:] and table[right:], to out[at:], [n * n, 16]."""
     for i in range(n):
@@ -86,7 +87,7 @@ def _pair_sums(left, right, n, table, out, at):
             store(out, at + (i * n + j) * 16, first + load(table, right + j * 16))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _form_errors(target, weight, first, count, s, delta, levels, scratch, out, at):
     """Errors of all forms of `count` (2 or 4) magnitudes, whose targets and weights start at `first`: to out[at:], [n ** count, 16].
 
@@ -106,7 +107,7 @@ def _form_errors(target, weight, first, count, s, delta, levels, scratch, out, a
         _pair_sums(pairs, pairs + n * n * 16, n * n, scratch, out, at)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+@njit(**INNER, inline="always")
 def _four(heads, tails, forms, half, g):
     """The least error of four vectors; heads' table is forms[:half], tails' the rest."""
     t = 4 * g
@@ -115,7 +116,7 @@ def _four(heads, tails, forms, half, g):
     return lower(left, right) + load(forms, heads[g])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _least(heads, tails, forms, half):
     """The least error of each lane."""
     best, other = splat(F(1e30)), splat(F(1e30))
@@ -125,7 +126,7 @@ def _least(heads, tails, forms, half):
     return lower(lower(_four(heads, tails, forms, half, heads.size - 1), best), other)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _least_of(heads, tails, entries, forms, half, group, index, at):
     """The same, and the numbers of the vectors that have it: index[at:], [16]."""
     best, which, number, one = splat(F(1e30)), splat(F(0)), splat(F(0)), splat(F(1))
@@ -146,7 +147,7 @@ def _least_of(heads, tails, entries, forms, half, group, index, at):
     return best
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def nearest_vectors(target, weight, tile, scale, shift, codebook, parts, indexed, forms, group, index):
     """Errors of the nearest vectors of one tile of sixteen codes at given scales and shifts, without the constant sum h x^2.
 
@@ -170,7 +171,7 @@ def nearest_vectors(target, weight, tile, scale, shift, codebook, parts, indexed
     return error
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def loose_errors(target, weight, tile, scale, levels, shift):
     """As `nearest_vectors` with one shift, every magnitude free to take its own nearest level: a cheap lower bound."""
     total = splat(F(0))
@@ -185,7 +186,7 @@ def loose_errors(target, weight, tile, scale, levels, shift):
     return total
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def _emphasise(target, weight):
     """Importance times sqrt(2 mean(x^2) + x^2): large weights count for more, as they do in ggml's encoders."""
     energy = splat(F(0))
@@ -198,7 +199,7 @@ def _emphasise(target, weight):
         store(weight, row, load(weight, row) * root(level + value * value))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**INNER)
 def load_super(x, h, start, sign_bits, emphatic, target, weight, signs, scratch):
     """The super-block from weight `start` on as two tiles: targets with signs folded in, what errors weigh, sign bits of the codes in order.
 
