@@ -13,7 +13,7 @@ from fewbit.base.errors import InputError
 from fewbit.formats.gguf.codecs import to_blocks
 from fewbit.formats.gguf.types import FLOATS, TYPES
 from fewbit.math.kernels.kquants_tiles import F, growth, round_f16
-from fewbit.math.kernels.lanes import half, load, root, store
+from fewbit.math.kernels.lanes import half, load, root, store, store_nearest
 from fewbit.math.lattice import EFFORTS
 from fewbit.math.scales import Search, assemble, effective, fit, fit_plain, quantize, snap
 from fewbit.num.grid import VectorGrid
@@ -228,6 +228,24 @@ def test_refusals() -> None:
         quantize(TYPES["IQ3_S"].scheme, torch.zeros(2, 128))
 
 
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_refused_wherever_it_stands(name: str, value: float) -> None:
+    w, h = weights(20, 512)
+    for row, col in ((0, 0), (7, 300), (19, 511)):
+        bad = w.clone()
+        bad[row, col] = value
+        for importance in (None, h):
+            with pytest.raises(InputError, match="FB-E0702"):
+                quantize(TYPES[name].scheme, bad, importance)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_weights_whose_squares_leave_float32_are_taken(name: str) -> None:
+    q = quantize(TYPES[name].scheme, torch.full((2, 256), 1e25), None)
+    assert bool(torch.isfinite(q.dequantize()).all())
+
+
 @pytest.mark.parametrize("method", ["absmax", "mse"])
 def test_other_searches_still_mean_what_they_say(method: str) -> None:
     scheme, (w, h) = TYPES["Q4_0"].scheme, weights(2, 64)
@@ -259,6 +277,22 @@ def _lanes_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     halves, roots = np.empty_like(padded), np.empty_like(padded)
     _halves_and_roots(padded, halves, roots)
     return halves[: len(values)], roots[: len(values)]
+
+
+@njit
+def _stored(values, out):
+    for at in range(0, values.size, 16):
+        store_nearest(out, at, load(values, at))
+
+
+def test_nearest_whole_numbers_are_stored() -> None:
+    values = np.array(
+        [-128, -8.5, -7.5, -1.5, -0.5, -0.4, 0.0, 0.5, 1.5, 2.5, 7.49, 7.51, 63.5, 64.5, 126.5, 127.4], np.float32
+    )
+    signed, unsigned = np.empty(16, np.int8), np.empty(16, np.uint8)
+    _stored(values, signed)
+    _stored(np.abs(values), unsigned)
+    assert np.array_equal(signed, np.rint(values)) and np.array_equal(unsigned, np.rint(np.abs(values)))
 
 
 def test_roots_of_lanes_are_numpys() -> None:

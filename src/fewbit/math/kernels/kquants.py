@@ -127,9 +127,10 @@ def _run(
         torch.empty(count, blocks if nested else 0, dtype=code_dtype(getattr(scheme, name).grid)) for name in names
     ]
     outer = [torch.empty(count, blocks // per_super, dtype=torch.float32) for _ in names]
-    for part, x, h in row_pieces(scheme, w, importance, effort.power):
+    for part, x, h in row_pieces(scheme, w, importance, effort.power, checked=False):
         out = [array[part].view(-1).numpy() for array in (codes, *inner, *outer)]
-        _kernel(scheme, effort, size, per_super, x.view(-1).numpy(), h.view(-1).numpy(), out)
+        if _kernel(scheme, effort, size, per_super, x.view(-1).numpy(), h.view(-1).numpy(), out):
+            require_finite(w)
     counts = scheme.block_counts(tuple(w.shape))
     stored = {}
     for name, inside, top in zip(names, inner, outer, strict=True):
@@ -144,13 +145,14 @@ def _run(
 
 def _kernel(
     scheme: Scheme, effort: Effort, size: int, per_super: int, x: np.ndarray, h: np.ndarray, out: list[np.ndarray]
-) -> None:
+) -> bool:
+    """Codes and parameters to `out`; returns whether a weight may be NaN or infinite."""
     ends = np.array(effort.ends, _F)
     if scheme.value_shift is not None:
         candidates = np.array([(end, inset) for inset in effort.insets for end in effort.ends], _F)
         reach = np.array(effort.reach if isinstance(effort.reach, tuple) else (), _F).reshape(-1, 2)
         top = _F(scheme.scale.grid.high) if per_super > 1 else _F(0)
-        quantize_minimum(
+        return quantize_minimum(
             x,
             h,
             size,
@@ -164,10 +166,9 @@ def _kernel(
             _F(effort.unbias),
             *out,
         )
-        return
     low, high, zero, lut, code_lut, resolution, offset = _levels(scheme.grid)
     k_low, k_high = (_F(scheme.scale.grid.low), _F(scheme.scale.grid.high)) if per_super > 1 else (_F(0), _F(0))
-    quantize_symmetric(
+    return quantize_symmetric(
         x, h, size, per_super, low, high, zero, lut, code_lut, resolution, offset, ends, effort.polish, k_low, k_high, effort.reach, effort.rounds, _F(effort.unbias), *out
     )  # fmt: skip
 
@@ -195,12 +196,13 @@ def _levels(grid: Grid) -> tuple:
 
 
 def row_pieces(
-    scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None, power: float = 1.0
+    scheme: Scheme, w: torch.Tensor, importance: torch.Tensor | None, power: float = 1.0, checked: bool = True
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Whole rows of a tensor, a bounded number of weights at a time.
 
     Args:
         power: exponent of the importance.
+        checked: whether weights must be held against NaN and infinity here.
 
     Yields:
         (which rows of [count, cols], float32 weights [n, cols], float32 importance [1 or n, cols] with mean 1 and no zero: where all
@@ -219,7 +221,7 @@ def row_pieces(
         mean = 0.0 if weights is None else float(weights.mean())
         for first in range(0, rows, step):
             x = matrix[first : first + step].float().contiguous()
-            if not bool(torch.isfinite(x.sum())):
+            if checked and not bool(torch.isfinite(x.sum())):
                 require_finite(w)
             if mean > 0:
                 piece = weights if len(weights) == 1 else weights[first : first + step]

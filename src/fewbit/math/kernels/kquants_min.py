@@ -30,11 +30,26 @@ from fewbit.math.kernels.kquants_tiles import (
     share_sums,
     tile_place,
 )
-from fewbit.math.kernels.lanes import half, higher, load, lower, rint, splat, store, where_greater
+from fewbit.math.kernels.lanes import (
+    half,
+    higher,
+    load,
+    lower,
+    not_finite,
+    rint,
+    splat,
+    store,
+    store_nearest,
+    total,
+    where_greater,
+)
 from fewbit.math.kernels.options import INNER, OUTER
 
 # rows of the per-tile scratch array, one float32 per lane each
-_H, _HX, _SCALE, _SHIFT, _K, _M, _D, _DMIN, _AA, _AB, _BB, _RA, _RB, _GROWTH = (16 * row for row in range(14))
+_H, _HX, _HXX, _SCALE, _SHIFT, _K, _M, _D, _DMIN, _AA, _AB, _BB, _RA, _RB, _GROWTH, _BAD = (
+    16 * row for row in range(16)
+)
+_ROWS = 16 * 16
 
 
 @njit(**INNER, inline="always")
@@ -65,11 +80,12 @@ def _error(scale, shift, sq, sqq, sxq, h, hx):
 def _ideal(xt, ht, top, size, candidates, polish, down, s):
     """Step 1: best scale and shift of every lane on its own; with `down` the shift may not be positive."""
     zero, tiny = splat(F(0)), splat(F(1e-37))
-    least, most, h, hx = load(xt, 0), load(xt, 0), zero, zero
+    least, most, h, hx, hxx = load(xt, 0), load(xt, 0), zero, zero, zero
     for j in range(0, size * LANES, LANES):
         x, weight = load(xt, j), load(ht, j)
         least, most = lower(x, least), higher(x, most)
-        h, hx = h + weight, hx + weight * x
+        weighted = weight * x
+        h, hx, hxx = h + weight, hx + weighted, hxx + weighted * x
     least = lower(least, zero) if down else least
     spread = most - least
     best, scale, shift, bend = splat(F(1e30)), zero, least, zero
@@ -95,6 +111,9 @@ def _ideal(xt, ht, top, size, candidates, polish, down, s):
     store(s, _AA, bend)
     store(s, _H, h)
     store(s, _HX, hx)
+    store(s, _HXX, hxx)
+    store(s, _BAD, higher(not_finite(hx), load(s, _BAD)))
+    store(s, _RA, zero - best)  # of a free least-squares fit this is sum(h x w)
     store(s, _SCALE, scale)
     store(s, _SHIFT, shift)
 
@@ -201,23 +220,19 @@ def _snap(x, first, blocks, size, top, s, codes):
     for lane in range(blocks):
         start, inv, low = (first + lane) * size, splat(s[_AA + lane]), splat(s[_SHIFT + lane])
         for j in range(start, start + size, LANES):
-            store(codes, j, lower(higher(rint((load(x, j) - low) * inv), zero), most))
+            store_nearest(codes, j, lower(higher((load(x, j) - low) * inv, zero), most))
 
 
 @njit(**INNER)
 def _unshrink(xt, ht, top, size, width, share, s):
     """Step 4: what (d, dmin) are multiplied by, for each group of `width` lanes, left in all its lanes."""
-    scale, shift, energy = load(s, _SCALE), load(s, _SHIFT), splat(F(0))
+    scale, shift = load(s, _SCALE), load(s, _SHIFT)
     inv = inverses(scale)
     _, _, sxq = _sums(xt, ht, inv, shift * inv, top, size)
-    for j in range(0, size * LANES, LANES):
-        x = load(xt, j)
-        energy = energy + load(ht, j) * x * x
-    store(s, _AA, energy)
-    store(s, _AB, scale * sxq + shift * load(s, _HX))
-    share_sums(s[_AA : _AA + LANES], width)
-    share_sums(s[_AB : _AB + LANES], width)
-    store(s, _GROWTH, growths(load(s, _AA), load(s, _AB), share))
+    store(s, _RA, scale * sxq + shift * load(s, _HX))
+    share_sums(s[_HXX : _HXX + LANES], width)
+    share_sums(s[_RA : _RA + LANES], width)
+    store(s, _GROWTH, growths(load(s, _HXX), load(s, _RA), share))
 
 
 @njit(**INNER)
@@ -226,14 +241,32 @@ def _settle(xt, ht, top, size, per_super, unbias, s):
     if per_super > 1:
         store(s, _SCALE, load(s, _D) * load(s, _K))
         store(s, _SHIFT, load(s, _DMIN) * load(s, _M))
+        if unbias > F(0):
+            _unshrink(xt, ht, top, size, per_super, unbias, s)
+        else:
+            store(s, _GROWTH, splat(F(1)))
     else:
         store(s, _D, half(load(s, _SCALE)))
         store(s, _DMIN, half(load(s, _SHIFT)))
         store(s, _SCALE, load(s, _D))
         store(s, _SHIFT, load(s, _DMIN))
-    s[_GROWTH : _GROWTH + LANES] = F(1)
-    if unbias > F(0):
-        _unshrink(xt, ht, top, size, per_super, unbias, s)
+        store(s, _GROWTH, growths(load(s, _HXX), load(s, _RA), unbias))
+
+
+@njit(**INNER)
+def _write(first, blocks, per_super, s, k_out, m_out, d_out, dmin_out):
+    """Codes of scales and shifts, and super-scales, of the blocks of a tile to where they belong."""
+    store(s, _D, half(load(s, _GROWTH) * load(s, _D)))
+    store(s, _DMIN, half(load(s, _GROWTH) * load(s, _DMIN)))
+    for lane in range(blocks if per_super > 1 else 0):
+        k_out[first + lane], m_out[first + lane] = np.uint8(s[_K + lane]), np.uint8(s[_M + lane])
+    if per_super == 1 and blocks == LANES:
+        store(d_out, first, load(s, _D))
+        store(dmin_out, first, load(s, _DMIN))
+        return
+    for lane in range(0, blocks, per_super):
+        d_out[(first + lane) // per_super] = s[_D + lane]
+        dmin_out[(first + lane) // per_super] = s[_DMIN + lane]
 
 
 @njit(**OUTER, parallel=True)
@@ -265,11 +298,14 @@ def quantize_minimum(
         polish: least-squares passes after them; reach: float32 [r, 2] steps around a block's (scale, shift) codes; rounds: how often.
         unbias: share of the shrinkage that step 4 undoes, 0 to 1.
         codes: out, uint8 [n * size]; k_out, m_out: out, uint8 [n] (nested); d_out, dmin_out: out, float32 [n / per_super], in float16's set.
+
+    Returns:
+        Whether a weight may be NaN or infinite: nothing that was written counts then. Weights near the end of float32 set it too.
     """
-    count = x.size // size
+    count, wrong = x.size // size, F(0)
     tiles = (count + LANES - 1) // LANES
     for chunk in prange((tiles + CHUNK - 1) // CHUNK):
-        xt, ht, s, column = lanes_array(size * LANES), lanes_array(size * LANES), lanes_array(14 * LANES), -1
+        xt, ht, s, column = lanes_array(size * LANES), lanes_array(size * LANES), lanes_array(_ROWS), -1
         s[:] = F(0)
         for tile in range(chunk * CHUNK, min(tiles, chunk * CHUNK + CHUNK)):
             first, place = tile_place(tile, size, count, h.size)
@@ -282,10 +318,7 @@ def quantize_minimum(
                 _nest(xt, ht, top, size, LANES // per_super, code_top, reach, rounds, s)
             _settle(xt, ht, top, size, per_super, unbias, s)
             blocks = min(LANES, count - first)
-            for lane in range(blocks if per_super > 1 else 0):
-                k_out[first + lane], m_out[first + lane] = np.uint8(s[_K + lane]), np.uint8(s[_M + lane])
-            store(s, _D, half(load(s, _GROWTH) * load(s, _D)))
-            store(s, _DMIN, half(load(s, _GROWTH) * load(s, _DMIN)))
-            d_out[first // per_super : (first + blocks) // per_super] = s[_D : _D + blocks : per_super]
-            dmin_out[first // per_super : (first + blocks) // per_super] = s[_DMIN : _DMIN + blocks : per_super]
+            _write(first, blocks, per_super, s, k_out, m_out, d_out, dmin_out)
             _snap(x, first, blocks, size, top, s, codes)
+        wrong += total(load(s, _BAD))
+    return wrong > F(0)

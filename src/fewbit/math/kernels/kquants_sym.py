@@ -30,8 +30,26 @@ from fewbit.math.kernels.kquants_tiles import (
     share_sums,
     tile_place,
 )
-from fewbit.math.kernels.lanes import half, higher, load, lower, rint, splat, store, where_greater
+from fewbit.math.kernels.lanes import (
+    half,
+    higher,
+    load,
+    lower,
+    not_finite,
+    rint,
+    splat,
+    store,
+    store_nearest,
+    total,
+    where_greater,
+)
 from fewbit.math.kernels.options import INNER, OUTER
+
+# rows of the per-tile scratch array, one float32 per lane each
+_SCALE, _INVERSE, _K, _D, _ABOVE, _BELOW, _ENERGY, _AGREED, _GROWTH, _BAD, _PLACE, _LEVEL = (
+    16 * row for row in range(12)
+)
+_ROWS = 12 * 16
 
 
 @njit(**INNER, inline="always")
@@ -49,27 +67,28 @@ def _integer_sums(xt, ht, inv, low, high, size):
 
 
 @njit(**INNER)
-def _table_sums(xt, ht, inv, lut, resolution, offset, size, scratch):
+def _table_sums(xt, ht, inv, lut, resolution, offset, size, s):
     """The same for the levels of a table."""
     a, b = splat(F(0)), splat(F(0))
     step, start, zero, top = inv * splat(resolution), splat(offset), splat(F(0)), splat(F(lut.size - 1))
     for j in range(0, size * LANES, LANES):
         x = load(xt, j)
-        store(scratch, 0, lower(higher(x * step + start, zero), top))
+        store(s, _PLACE, lower(higher(x * step + start, zero), top))
         for lane in range(LANES):
-            scratch[LANES + lane] = lut[np.uint32(np.int32(scratch[lane]))]
-        q = load(scratch, LANES)
+            s[_LEVEL + lane] = lut[np.uint32(np.int32(s[_PLACE + lane]))]
+        q = load(s, _LEVEL)
         hq = load(ht, j) * q
         a, b = a + hq * x, b + hq * q
     return a, b
 
 
 @njit(**INNER)
-def _ideal(xt, ht, low, high, lut, resolution, offset, size, candidates, polish, scratch):
+def _ideal(xt, ht, low, high, lut, resolution, offset, size, candidates, polish, s):
     """Step 1: the best scale of every lane on its own."""
-    least, most = load(xt, 0), load(xt, 0)
-    for j in range(LANES, size * LANES, LANES):
-        least, most = lower(load(xt, j), least), higher(load(xt, j), most)
+    least, most, energy = load(xt, 0), load(xt, 0), splat(F(0))
+    for j in range(0, size * LANES, LANES):
+        x = load(xt, j)
+        least, most, energy = lower(x, least), higher(x, most), energy + load(ht, j) * x * x
     outer = inverses(where_greater(most, splat(F(0)) - least, most, least))
     best, scale, tiny = splat(F(-1)), splat(F(0)), splat(F(1e-37))
     for c in range(candidates.size + polish):
@@ -77,34 +96,31 @@ def _ideal(xt, ht, low, high, lut, resolution, offset, size, candidates, polish,
         if lut.size == 0:
             a, b = _integer_sums(xt, ht, inv, low, high, size)
         else:
-            a, b = _table_sums(xt, ht, inv, lut, resolution, offset, size, scratch)
+            a, b = _table_sums(xt, ht, inv, lut, resolution, offset, size, s)
         found = a / higher(b, tiny)
         gain = a * found
         scale = where_greater(gain, best, found, scale)
         best = higher(gain, best)
-    return scale
+    store(s, _SCALE, scale)
+    store(s, _ENERGY, energy)
+    store(s, _AGREED, best)  # of a least-squares fit this is sum(h x w)
+    store(s, _BAD, higher(not_finite(energy), load(s, _BAD)))
 
 
 @njit(**INNER)
-def _nest(
-    xt, ht, low, high, lut, resolution, offset, size, supers, k_low, k_high, reach, rounds, scratch, scale, k, ka, kb, d
-):
-    """Step 2: scale codes `k` of the lanes and super-scales d of the groups of lanes, from ideal scales in `scale`."""
-    width = LANES // supers
-    for g in range(supers):
+def _nest(xt, ht, low, high, lut, resolution, offset, size, width, k_low, k_high, reach, rounds, s):
+    """Step 2: scale codes k of the lanes and super-scales d of groups of `width` lanes, from ideal scales."""
+    for first in range(0, LANES, width):
         largest = F(0)
-        for lane in range(g * width, (g + 1) * width):
-            if abs(scale[lane]) > abs(largest):
-                largest = scale[lane]
-        d[g] = round_f16(largest / k_low)
-        for lane in range(g * width, (g + 1) * width):
-            k[lane] = d[g]
+        for lane in range(first, first + width):
+            if abs(s[_SCALE + lane]) > abs(largest):
+                largest = s[_SCALE + lane]
+        for lane in range(first, first + width):
+            s[_D + lane] = round_f16(largest / k_low)
     bottom, top = splat(k_low), splat(k_high)
-    store(k, 0, lower(higher(rint(load(scale, 0) * inverses(load(k, 0))), bottom), top))
+    store(s, _K, lower(higher(rint(load(s, _SCALE) * inverses(load(s, _D))), bottom), top))
     for _ in range(rounds):
-        for lane in range(LANES):
-            scale[lane] = d[lane // width]
-        centre, spread = load(k, 0), load(scale, 0)
+        centre, spread = load(s, _K), load(s, _D)
         best, code, code_a, code_b = splat(F(1e30)), centre, splat(F(0)), splat(F(0))
         for step in range(-reach, reach + 1):
             trial = lower(higher(centre + splat(F(step)), bottom), top)
@@ -113,58 +129,68 @@ def _nest(
             if lut.size == 0:
                 a, b = _integer_sums(xt, ht, inv, low, high, size)
             else:
-                a, b = _table_sums(xt, ht, inv, lut, resolution, offset, size, scratch)
+                a, b = _table_sums(xt, ht, inv, lut, resolution, offset, size, s)
             error = t * (t * b - (a + a))
             code = where_greater(best, error, trial, code)
             code_a = where_greater(best, error, a, code_a)
             code_b = where_greater(best, error, b, code_b)
             best = lower(error, best)
-        store(k, 0, code)
-        store(ka, 0, code_a * code)
-        store(kb, 0, code_b * code * code)
-        for g in range(supers):
+        store(s, _K, code)
+        store(s, _ABOVE, code_a * code)
+        store(s, _BELOW, code_b * code * code)
+        for first in range(0, LANES, width):
             above, below = F(0), F(0)
-            for lane in range(g * width, (g + 1) * width):
-                above += ka[lane]
-                below += kb[lane]
-            if below > F(0):
-                d[g] = round_f16(above / below)
+            for lane in range(first, first + width):
+                above += s[_ABOVE + lane]
+                below += s[_BELOW + lane]
+            for lane in range(first, first + width if below > F(0) else first):
+                s[_D + lane] = round_f16(above / below)
 
 
 @njit(**INNER)
-def _snap(x, first, blocks, size, inverted, low, high, zero, lut, code_lut, resolution, offset, codes):
-    """Step 3: codes of the blocks of a tile under their stored scales, given as 1 / scale."""
+def _snap(x, first, blocks, size, low, high, zero, lut, code_lut, resolution, offset, s, codes):
+    """Step 3: codes of the blocks of a tile under their stored scales."""
     bottom, most, start_code = splat(low), splat(high), splat(zero)
     top = F(lut.size - 1)
+    store(s, _INVERSE, inverses(load(s, _SCALE)))
     for lane in range(blocks):
-        start, inv = (first + lane) * size, inverted[lane]
+        start, inv = (first + lane) * size, s[_INVERSE + lane]
         by = splat(inv)
         if lut.size == 0:
             for j in range(start, start + size, LANES):
-                store(codes, j, lower(higher(rint(load(x, j) * by), bottom), most) + start_code)
+                store_nearest(codes, j, lower(higher(load(x, j) * by, bottom), most) + start_code)
         else:
             step = inv * resolution
-            for j in range(start, start + size):
-                codes[j] = code_lut[np.uint32(np.int32(min(max(x[j] * step + offset, F(0)), top)))]
+            for j in range(start, start + size):  # in this order NaN gives 0, a place in the table
+                codes[j] = code_lut[np.uint32(np.int32(min(max(F(0), x[j] * step + offset), top)))]
 
 
 @njit(**INNER)
-def _unshrink(xt, ht, low, high, lut, resolution, offset, size, width, share, scratch, scale, energies, agreements, by):
-    """Step 4: what the super-scale is multiplied by, for each group of `width` lanes, left in `by` for all its lanes."""
-    spread, energy = load(scale, 0), splat(F(0))
+def _unshrink(xt, ht, low, high, lut, resolution, offset, size, width, share, s):
+    """Step 4: what the super-scale is multiplied by, for each group of `width` lanes, left in all its lanes."""
+    spread = load(s, _SCALE)
     inv = inverses(spread)
     if lut.size == 0:
         a, _ = _integer_sums(xt, ht, inv, low, high, size)
     else:
-        a, _ = _table_sums(xt, ht, inv, lut, resolution, offset, size, scratch)
-    for j in range(0, size * LANES, LANES):
-        x = load(xt, j)
-        energy = energy + load(ht, j) * x * x
-    store(energies, 0, energy)
-    store(agreements, 0, spread * a)
-    share_sums(energies, width)
-    share_sums(agreements, width)
-    store(by, 0, growths(load(energies, 0), load(agreements, 0), share))
+        a, _ = _table_sums(xt, ht, inv, lut, resolution, offset, size, s)
+    store(s, _AGREED, spread * a)
+    share_sums(s[_ENERGY : _ENERGY + LANES], width)
+    share_sums(s[_AGREED : _AGREED + LANES], width)
+    store(s, _GROWTH, growths(load(s, _ENERGY), load(s, _AGREED), share))
+
+
+@njit(**INNER)
+def _write(first, blocks, per_super, s, k_out, d_out):
+    """Scale codes and (super-)scales of the blocks of a tile to where they belong."""
+    store(s, _D, half(load(s, _GROWTH) * load(s, _D)))
+    for lane in range(blocks if per_super > 1 else 0):
+        k_out[first + lane] = np.int8(s[_K + lane])
+    if per_super == 1 and blocks == LANES:
+        store(d_out, first, load(s, _D))
+        return
+    for lane in range(0, blocks, per_super):
+        d_out[(first + lane) // per_super] = s[_D + lane]
 
 
 @njit(**OUTER, parallel=True)
@@ -182,42 +208,36 @@ def quantize_symmetric(
         k_low, k_high, reach, rounds: range of scale codes, how far around to look, how often.
         unbias: share of the shrinkage that step 4 undoes, 0 to 1.
         codes: out, int8 or uint8 [n * size]; k_out: out, int8 [n] (nested); d_out: out, float32 [n / per_super], representable in float16.
+
+    Returns:
+        Whether a weight may be NaN or infinite: nothing that was written counts then. Weights whose squares leave float32 set it too.
     """
-    count = x.size // size
+    count, wrong = x.size // size, F(0)
     tiles = (count + LANES - 1) // LANES
     for chunk in prange((tiles + CHUNK - 1) // CHUNK):
-        xt, ht, scratch = lanes_array(size * LANES), lanes_array(size * LANES), lanes_array(2 * LANES)
-        scale, k, ka, kb = lanes_array(LANES), lanes_array(LANES), lanes_array(LANES), lanes_array(LANES)
-        d, by, column = lanes_array(LANES), lanes_array(LANES), -1
+        xt, ht, s, column = lanes_array(size * LANES), lanes_array(size * LANES), lanes_array(_ROWS), -1
+        s[:] = F(0)
         for tile in range(chunk * CHUNK, min(tiles, chunk * CHUNK + CHUNK)):
             first, place = tile_place(tile, size, count, h.size)
             load_tile(x, x.size, first, count, size, xt)
             if place != column:
                 load_tile(h, h.size, first, count, size, ht)
                 column = place
-            store(scale, 0, _ideal(xt, ht, low, high, lut, resolution, offset, size, candidates, polish, scratch))
+            _ideal(xt, ht, low, high, lut, resolution, offset, size, candidates, polish, s)
             if per_super > 1:
                 _nest(
-                    xt, ht, low, high, lut, resolution, offset, size, LANES // per_super, k_low, k_high, reach, rounds,
-                    scratch, scale, k, ka, kb, d,
+                    xt, ht, low, high, lut, resolution, offset, size, per_super, k_low, k_high, reach, rounds, s
                 )  # fmt: skip
-                for lane in range(LANES):
-                    scale[lane] = d[lane // per_super] * k[lane]
+                store(s, _SCALE, load(s, _D) * load(s, _K))
             else:
-                store(scale, 0, half(load(scale, 0)))
-                store(d, 0, load(scale, 0))
-            by[:] = F(1)
-            if unbias > F(0):
-                _unshrink(
-                    xt, ht, low, high, lut, resolution, offset, size, per_super, unbias, scratch, scale, ka, kb, by
-                )  # fmt: skip
+                store(s, _SCALE, half(load(s, _SCALE)))
+                store(s, _D, load(s, _SCALE))
+            if per_super > 1 and unbias > F(0):
+                _unshrink(xt, ht, low, high, lut, resolution, offset, size, per_super, unbias, s)
+            else:
+                store(s, _GROWTH, growths(load(s, _ENERGY), load(s, _AGREED), unbias))
             blocks = min(LANES, count - first)
-            for lane in range(blocks if per_super > 1 else 0):
-                k_out[first + lane] = np.int8(k[lane])
-                ka[lane // per_super] = by[lane] * d[lane // per_super]
-            if per_super == 1:
-                store(ka, 0, load(by, 0) * load(d, 0))
-            store(ka, 0, half(load(ka, 0)))
-            d_out[first // per_super : (first + blocks) // per_super] = ka[: blocks // per_super]
-            store(kb, 0, inverses(load(scale, 0)))
-            _snap(x, first, blocks, size, kb, low, high, zero, lut, code_lut, resolution, offset, codes)
+            _write(first, blocks, per_super, s, k_out, d_out)
+            _snap(x, first, blocks, size, low, high, zero, lut, code_lut, resolution, offset, s, codes)
+        wrong += total(load(s, _BAD))
+    return wrong > F(0)

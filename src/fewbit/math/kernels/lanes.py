@@ -126,6 +126,19 @@ def store(typingctx, array, at, x):
     return types.void(array, types.intp, Lanes), codegen
 
 
+@intrinsic
+def store_nearest(typingctx, array, at, x):
+    """Write the nearest whole numbers of the lanes, ties to even, to elements at..at+15 of a flat int8 or uint8 array; |x| < 2^22."""
+
+    def codegen(context, builder, signature, args):
+        pointer = _pointer(context, builder, signature.args[0], args[0], args[1], _I8)
+        shifted = builder.bitcast(builder.fadd(args[2], _constant(_MAGIC)), _VI)  # the number stands in the lowest bits
+        builder.store(builder.trunc(shifted, ir.VectorType(_I8, WIDTH)), pointer, align=1)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, Lanes), codegen
+
+
 def _emit_less(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
     return builder.fcmp_ordered("<", a, b)
 
