@@ -26,7 +26,7 @@ from numba import njit, prange
 from fewbit.math.kernels.kquants_tiles import F, growth, inverse, inverses, lanes_array, round_f16
 from fewbit.math.kernels.lanes import higher, load, lower, neighbour, rint, splat, store, total, where_greater
 from fewbit.math.kernels.options import INNER, OUTER
-from fewbit.math.kernels.vectors import load_super, loose_errors, nearest_vectors
+from fewbit.math.kernels.vectors import STRIDE, load_super, loose_errors, nearest_vectors
 
 # rows of the scratch array, one float32 per lane each
 _VARIANT, _VECTORS, _IDEAL, _BEND, _K = (16 * row for row in (0, 2, 4, 5, 6))
@@ -136,10 +136,10 @@ def _evaluate(target, weight, codebook, layout, scale, indexed, forms, group, in
     """Errors of all blocks at the given scales, and with `indexed` which vectors they take."""
     if codebook.shifts.size > 1:
         _loose(target, weight, codebook, layout, scale, s)
-    shift = _shifts(codebook, _VARIANT, s)
-    even = nearest_vectors(target, weight, 0, scale, shift, codebook, layout.parts, indexed, forms, group, index)
-    shift = _shifts(codebook, _VARIANT + 16, s)
-    odd = nearest_vectors(target, weight, 1, scale, shift, codebook, layout.parts, indexed, forms, group, index)
+    shifts = _shifts(codebook, _VARIANT, s), _shifts(codebook, _VARIANT + 16, s)
+    even, odd = nearest_vectors(
+        target, weight, scale, shifts, codebook, layout.parts, indexed, forms, group, index
+    )  # fmt: skip
     return _blockwise(even, odd, layout)
 
 
@@ -238,7 +238,7 @@ def quantize_vectors(x, h, codebook, layout, ladder, trials, refine, emphatic, u
     supers, n = x.size // 256, codebook.levels.size
     for chunk in prange((supers + 7) // 8):
         target, weight, signs = lanes_array(256), lanes_array(256), np.zeros(32, np.int64)
-        forms = lanes_array((2 * n ** (4 // layout.parts) + 2 * n + 2 * n * n) * 16)
+        forms = lanes_array(2 * n ** (4 // layout.parts) * STRIDE)
         group, index, s = lanes_array(48), np.zeros(layout.parts * 32, np.int64), lanes_array(SCRATCH)
         s[:] = F(0)
         for sup in range(chunk * 8, min(supers, chunk * 8 + 8)):

@@ -21,20 +21,36 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 from fewbit.math.kernels.kquants_tiles import F, transpose
-from fewbit.math.kernels.lanes import higher, load, lower, root, splat, store, total, where_greater
+from fewbit.math.kernels.lanes import (
+    VECTOR,
+    Lanes,
+    higher,
+    load,
+    lower,
+    root,
+    splat,
+    spread,
+    store,
+    total,
+    where_greater,
+)
 from fewbit.math.kernels.options import INNER
+
+STRIDE = 32  # of a table of forms: sixteen lanes for each of two tiles
 
 
 class Book(NamedTuple):
-    """A codebook as the search wants it; forms are multiplied by 16, the stride of their tables.
+    """A codebook as the search wants it; forms are multiplied by the stride of their tables.
 
     Attributes:
         levels: float32 [n], the values that a magnitude can take; shifts: float32 [variants], what a bit may add to them all ([0] without one).
         table: float32 [entries * 8 / parts].
-        heads: int64 [fours], forms of the first halves; tails: int64 [fours * 4], forms of the last halves.
+        heads: int16 [fours], forms of the first halves; tails: int16 [fours * 4], forms of the last halves.
         entries: int64 [fours * 4], numbers of the vectors.
     """
 
@@ -52,6 +68,8 @@ def book(table: np.ndarray, shifts: tuple[float, ...] = (0.0,)) -> Book:
     codes, width = codes.reshape(table.shape), table.shape[1] // 2
     places = len(levels) ** np.arange(width - 1, -1, -1)
     first, last = codes[:, :width] @ places, codes[:, width:] @ places
+    if (len(levels), width) not in ((3, 4), (8, 2)):
+        raise ValueError(f"no search over vectors of twice {width} magnitudes of {len(levels)} levels")
     order = np.lexsort((last, first))
     entries = []
     for head in np.unique(first):
@@ -62,113 +80,133 @@ def book(table: np.ndarray, shifts: tuple[float, ...] = (0.0,)) -> Book:
         levels.astype(np.float32),
         np.array(shifts, np.float32),
         np.ascontiguousarray(table, np.float32).reshape(-1),
-        (first[entries[::4]] * 16).astype(np.int64),
-        (last[entries] * 16).astype(np.int64),
+        (first[entries[::4]] * STRIDE).astype(np.int16),
+        (last[entries] * STRIDE).astype(np.int16),
         entries,
     )
 
 
-@njit(**INNER, inline="always")
-def _level_errors(target, weight, row, s, delta, levels, out, at):
-    """Errors of one magnitude at every level, to out[at:], [n, 16]; the constant h x^2 is left out: h s^2 m^2 - 2 h x s m."""
-    h = load(weight, row)
-    a, b = h * s * s, (h + h) * load(target, row) * s
-    for i in range(levels.size):
-        m = splat(levels[i]) + delta
-        store(out, at + i * 16, (a * m - b) * m)
+def _former(levels_count: int, count: int):
+    """Errors of all forms of `count` magnitudes of so many levels, to sixteen of every 32 numbers of out[at:].
 
-
-@njit(**INNER, inline="always")
-def _pair_sums(left, right, n, table, out, at):
-    """Sums of every entry of one table with every entry of another, [n, 16] at table[left:] and table[right:], to out[at:], [n * n, 16]."""
-    for i in range(n):
-        first = load(table, left + i * 16)
-        for j in range(n):
-            store(out, at + (i * n + j) * 16, first + load(table, right + j * 16))
-
-
-@njit(**INNER)
-def _form_errors(target, weight, first, count, s, delta, levels, scratch, out, at):
-    """Errors of all forms of `count` (2 or 4) magnitudes, whose targets and weights start at `first`: to out[at:], [n ** count, 16].
-
-    scratch: float32 [(2 n + 2 n^2) * 16].
+    Targets and weights start at `first`. The error of a magnitude m under scale s is h s^2 m^2 - 2 h x s m, the constant h x^2 left out. The
+    numbers are known when this is compiled, so that all sums but the last stay in registers: a loop over levels takes six times as long.
     """
-    n = levels.size
-    right, pairs = n * 16, 2 * n * 16
-    for pair in range(count // 2):
-        row = first + pair * 32
-        _level_errors(target, weight, row, s, delta, levels, scratch, 0)
-        _level_errors(target, weight, row + 16, s, delta, levels, scratch, right)
-        if count == 2:
-            _pair_sums(0, right, n, scratch, out, at)
-        else:
-            _pair_sums(0, right, n, scratch, scratch, pairs + pair * n * n * 16)
-    if count == 4:
-        _pair_sums(pairs, pairs + n * n * 16, n * n, scratch, out, at)
+
+    @intrinsic
+    def form_errors(typingctx, target, weight, first, s, delta, levels, out, at):
+        def codegen(context, builder, signature, args):
+            target, weight, first, s, delta, levels, out, at = args
+            arrays = dict(zip((target, weight, levels, out), (signature.args[n] for n in (0, 1, 5, 6)), strict=True))
+
+            def place(array, start, offset):
+                data = context.make_array(arrays[array])(context, builder, array).data
+                return builder.gep(data, [builder.add(start, ir.Constant(start.type, offset))])
+
+            def lanes(array, offset):
+                return builder.load(builder.bitcast(place(array, first, offset), VECTOR.as_pointer()), align=4)
+
+            zero = ir.Constant(first.type, 0)
+            magnitudes = [
+                builder.fadd(spread(builder, builder.load(place(levels, zero, i)), VECTOR), delta)
+                for i in range(levels_count)
+            ]
+            sums = []
+            for n in range(count):
+                h, x = lanes(weight, 16 * n), lanes(target, 16 * n)
+                a = builder.fmul(builder.fmul(h, s), s)
+                b = builder.fmul(builder.fmul(builder.fadd(h, h), x), s)
+                sums.append([builder.fmul(builder.fsub(builder.fmul(a, m), b), m) for m in magnitudes])
+            while len(sums) > 2:
+                sums = [[builder.fadd(p, q) for p in sums[n] for q in sums[n + 1]] for n in range(0, len(sums), 2)]
+            for n, error in enumerate(builder.fadd(p, q) for p in sums[0] for q in sums[1]):
+                builder.store(error, builder.bitcast(place(out, at, STRIDE * n), VECTOR.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        index = types.intp
+        return types.void(target, weight, index, Lanes, Lanes, levels, out, index), codegen
+
+    return form_errors
+
+
+_four_of_3, _two_of_8 = _former(3, 4), _former(8, 2)
 
 
 @njit(**INNER, inline="always")
 def _four(heads, tails, forms, half, g):
-    """The least error of four vectors; heads' table is forms[:half], tails' the rest."""
-    t = 4 * g
-    left = lower(load(forms, half + tails[t]), load(forms, half + tails[t + 1]))
-    right = lower(load(forms, half + tails[t + 2]), load(forms, half + tails[t + 3]))
-    return lower(left, right) + load(forms, heads[g])
+    """The least errors of four vectors in both tiles; heads' table is forms[:half], tails' the rest."""
+    head, t = heads[g], 4 * g
+    a, b, c, d = half + tails[t], half + tails[t + 1], half + tails[t + 2], half + tails[t + 3]
+    even = lower(lower(load(forms, a), load(forms, b)), lower(load(forms, c), load(forms, d)))
+    odd = lower(lower(load(forms, a + 16), load(forms, b + 16)), lower(load(forms, c + 16), load(forms, d + 16)))
+    return even + load(forms, head), odd + load(forms, head + 16)
 
 
 @njit(**INNER)
 def _least(heads, tails, forms, half):
-    """The least error of each lane."""
-    best, other = splat(F(1e30)), splat(F(1e30))
-    for g in range(0, heads.size - 1, 2):
-        best = lower(_four(heads, tails, forms, half, g), best)
-        other = lower(_four(heads, tails, forms, half, g + 1), other)
-    return lower(lower(_four(heads, tails, forms, half, heads.size - 1), best), other)
+    """The least errors of each lane of both tiles."""
+    even, odd = splat(F(1e30)), splat(F(1e30))
+    for g in range(heads.size):
+        a, b = _four(heads, tails, forms, half, g)
+        even, odd = lower(a, even), lower(b, odd)
+    return even, odd
 
 
 @njit(**INNER)
-def _least_of(heads, tails, entries, forms, half, group, index, at):
-    """The same, and the numbers of the vectors that have it: index[at:], [16]."""
-    best, which, number, one = splat(F(1e30)), splat(F(0)), splat(F(0)), splat(F(1))
-    for g in range(heads.size):
-        low = _four(heads, tails, forms, half, g)
-        which = where_greater(best, low, number, which)
-        best = lower(low, best)
-        number = number + one
+def _numbers(which, least, tile, heads, tails, entries, forms, half, group, index, at):
+    """The numbers of the vectors of one tile that have the least errors, found among four: index[at:], [16]."""
     store(group, 0, which)
-    store(group, 16, best)
-    for lane in range(16):
-        g = int(group[lane])
-        head, least = forms[heads[g] + lane], group[16 + lane]
+    store(group, 16, least)
+    for lane in range(tile * 16, tile * 16 + 16):
+        g, n = int(group[lane % 16]), lane % 16
+        head, best = forms[heads[g] + lane], group[16 + n]
         found = 4 * g
         for t in range(4 * g + 1, 4 * g + 4):
-            found = t if forms[half + tails[t] + lane] + head == least else found
-        index[at + lane] = entries[found]
-    return best
+            found = t if forms[half + tails[t] + lane] + head == best else found
+        index[at + n] = entries[found]
 
 
 @njit(**INNER)
-def nearest_vectors(target, weight, tile, scale, shift, codebook, parts, indexed, forms, group, index):
-    """Errors of the nearest vectors of one tile of sixteen codes at given scales and shifts, without the constant sum h x^2.
+def _least_of(heads, tails, entries, forms, half, group, index, part, parts):
+    """The same, and the numbers of the vectors that have it: index [2 tiles, parts, 16]."""
+    even, odd, number, one = splat(F(1e30)), splat(F(1e30)), splat(F(0)), splat(F(1))
+    which_even, which_odd = number, number
+    for g in range(heads.size):
+        a, b = _four(heads, tails, forms, half, g)
+        which_even, which_odd = where_greater(even, a, number, which_even), where_greater(odd, b, number, which_odd)
+        even, odd, number = lower(a, even), lower(b, odd), number + one
+    _numbers(which_even, even, 0, heads, tails, entries, forms, half, group, index, part * 16)
+    _numbers(which_odd, odd, 1, heads, tails, entries, forms, half, group, index, (parts + part) * 16)
+    return even, odd
 
-    target, weight: float32 [2 * 8 * 16]; scale, shift: lanes; forms, group: float32 scratch; index: out, int64 [2 * parts * 16], numbers of the
-    vectors, if `indexed`.
+
+@njit(**INNER)
+def nearest_vectors(target, weight, scale, shifts, codebook, parts, indexed, forms, group, index):
+    """Errors of the nearest vectors of both tiles at given scales, without the constant sum h x^2: (even codes', odd codes').
+
+    target, weight: float32 [2 * 8 * 16]; scale: lanes; shifts: a pair of lanes; forms, group: float32 scratch; index: out, int64
+    [2 * parts * 16], numbers of the vectors, if `indexed`.
     """
     levels, heads, tails = codebook.levels, codebook.heads, codebook.tails
     width = 8 // parts
-    half = levels.size ** (width // 2) * 16
-    scratch = forms[2 * half :]
-    error = splat(F(0))
+    half = levels.size ** (width // 2) * STRIDE
+    even, odd = splat(F(0)), splat(F(0))
     for part in range(parts):
-        row = tile * 128 + part * width * 16
-        _form_errors(target, weight, row, width // 2, scale, shift, levels, scratch, forms, 0)
-        _form_errors(target, weight, row + width * 8, width // 2, scale, shift, levels, scratch, forms, half)
+        for tile in range(2):
+            row, at = tile * 128 + part * width * 16, tile * 16
+            shift = shifts[1] if tile else shifts[0]
+            if levels.size == 3:
+                _four_of_3(target, weight, row, scale, shift, levels, forms, at)
+                _four_of_3(target, weight, row + 64, scale, shift, levels, forms, half + at)
+            else:
+                _two_of_8(target, weight, row, scale, shift, levels, forms, at)
+                _two_of_8(target, weight, row + 32, scale, shift, levels, forms, half + at)
         if indexed:
-            at = (tile * parts + part) * 16
-            error = error + _least_of(heads, tails, codebook.entries, forms, half, group, index, at)
+            a, b = _least_of(heads, tails, codebook.entries, forms, half, group, index, part, parts)
         else:
-            error = error + _least(heads, tails, forms, half)
-    return error
+            a, b = _least(heads, tails, forms, half)
+        even, odd = even + a, odd + b
+    return even, odd
 
 
 @njit(**INNER)
