@@ -55,8 +55,8 @@ EFFORTS: dict[str, Effort] = {
     "iq2s": Effort((0.45, 0.58, 0.71, 0.84, 0.97, 1.1), trials=3, refine=False, unbias=0.7, emphatic=True),
     "iq3xxs": Effort(trials=3, unbias=0.6),
     "iq3s": Effort((0.55, 0.7, 0.8, 0.9, 1.0, 1.1), trials=3, refine=False, unbias=1.4, emphatic=True),
-    "iq1": Effort((0.25, 0.35, 0.45, 0.55, 0.7, 0.9), trials=1, refine=False, unbias=0.55, emphatic=True),
-    "iq1m": Effort((0.3, 0.42, 0.56, 0.75), trials=1, refine=False, emphatic=True),
+    "iq1": Effort((0.25, 0.35, 0.45, 0.55, 0.7, 0.9), trials=2, refine=False, unbias=0.55, emphatic=True),
+    "iq1m": Effort((0.3, 0.42, 0.56, 0.75), trials=2, refine=False, unbias=0.6, emphatic=True),
 }
 
 

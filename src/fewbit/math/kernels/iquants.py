@@ -29,8 +29,8 @@ from fewbit.math.kernels.options import INNER, OUTER
 from fewbit.math.kernels.vectors import STRIDE, load_super, loose_errors, nearest_vectors
 
 # rows of the scratch array, one float32 per lane each
-_VARIANT, _VECTORS, _IDEAL, _BEND, _K = (16 * row for row in (0, 2, 4, 5, 6))
-SCRATCH = 16 * 7
+_VARIANT, _VECTORS, _IDEAL, _BEND, _K, _BETTER, _KEPT = (16 * row for row in (0, 2, 4, 5, 6, 7, 8))
+SCRATCH = 16 * 10
 
 
 class Layout(NamedTuple):
@@ -132,31 +132,44 @@ def _shifts(codebook, at, s):
 
 
 @njit(**INNER)
-def _evaluate(target, weight, codebook, layout, scale, indexed, forms, group, index, s):
-    """Errors of all blocks at the given scales, and with `indexed` which vectors they take."""
+def _evaluate(target, weight, codebook, layout, scale, forms, group, index, s):
+    """Errors of all blocks at the given scales, which vectors they take, and by which variants (left in `s`)."""
     if codebook.shifts.size > 1:
         _loose(target, weight, codebook, layout, scale, s)
     shifts = _shifts(codebook, _VARIANT, s), _shifts(codebook, _VARIANT + 16, s)
-    even, odd = nearest_vectors(
-        target, weight, scale, shifts, codebook, layout.parts, indexed, forms, group, index
-    )  # fmt: skip
+    even, odd = nearest_vectors(target, weight, scale, shifts, codebook, layout.parts, forms, group, index)
     return _blockwise(even, odd, layout)
 
 
 @njit(**INNER)
-def _search(target, weight, codebook, layout, d, trials, forms, group, index, s):
-    """Step 2: the k of every block."""
+def _keep(index, kept, s):
+    """Of the lanes that are `_BETTER`, vectors and variants as last evaluated: to `kept` and `_KEPT`."""
+    zero, better = splat(F(0)), load(s, _BETTER)
+    for row in range(0, 32, 16):
+        store(s, _KEPT + row, where_greater(better, zero, load(s, _VARIANT + row), load(s, _KEPT + row)))
+    for row in range(0, index.size, 16):
+        for n in range(16):
+            kept[row + n] = index[row + n] if s[_BETTER + n] > F(0) else kept[row + n]
+
+
+@njit(**INNER)
+def _search(target, weight, codebook, layout, d, trials, forms, group, index, kept, s):
+    """Step 2: the k of every block, and its vectors (`kept`) and variants."""
     ideal = load(s, _IDEAL)
-    zero, top = splat(F(0)), splat(F(layout.top))
+    zero, one, top = splat(F(0)), splat(F(1)), splat(F(layout.top))
     centre = _nearest_odd(ideal, d, layout.top)
-    exact = (ideal * splat(inverse(d)) - splat(F(1))) * splat(F(0.5))
-    side = where_greater(exact, centre, splat(F(1)), splat(F(-1)))
+    exact = (ideal * splat(inverse(d)) - one) * splat(F(0.5))
+    side = where_greater(exact, centre, one, zero - one)
     best, k = splat(F(np.inf)), centre
-    for step in range(trials if trials > 1 else 0):
+    for step in range(trials):
         away = zero if step == 0 else (side if step == 1 else zero - side)
         trial = lower(higher(centre + away, zero), top)
-        error = _evaluate(target, weight, codebook, layout, splat(d) * _odd(trial), False, forms, group, index, s)
+        error = _evaluate(target, weight, codebook, layout, splat(d) * _odd(trial), forms, group, index, s)
+        store(s, _BETTER, where_greater(best, error, one, zero))
+        _keep(index, kept, s)
         k, best = where_greater(best, error, trial, k), lower(error, best)
+    store(s, _VARIANT, load(s, _KEPT))
+    store(s, _VARIANT + 16, load(s, _KEPT + 16))
     return k
 
 
@@ -208,17 +221,16 @@ def _write(sup, layout, k, signs, index, codes, k_out, shift_out, s):
 
 
 @njit(**INNER)
-def _solve(target, weight, codebook, layout, ladder, trials, refine, unbias, forms, group, index, s):
-    """All four steps for one super-block: (k, d)."""
+def _solve(target, weight, codebook, layout, ladder, trials, refine, unbias, forms, group, index, kept, s):
+    """All four steps for one super-block: (k, d); its vectors in `kept`."""
     _start(target, weight, codebook, layout, ladder, s)
     d = _aligned(s, layout.top)
-    k = _search(target, weight, codebook, layout, d, trials, forms, group, index, s)
-    _evaluate(target, weight, codebook, layout, splat(d) * _odd(k), True, forms, group, index, s)
-    above, below = _agreement(target, weight, codebook, layout, k, index, s)
+    k = _search(target, weight, codebook, layout, d, trials, forms, group, index, kept, s)
+    above, below = _agreement(target, weight, codebook, layout, k, kept, s)
     if refine and above > F(0) and below > F(0):
         d = round_f16(above / below)
-        _evaluate(target, weight, codebook, layout, splat(d) * _odd(k), True, forms, group, index, s)
-        above, below = _agreement(target, weight, codebook, layout, k, index, s)
+        _evaluate(target, weight, codebook, layout, splat(d) * _odd(k), forms, group, kept, s)
+        above, _ = _agreement(target, weight, codebook, layout, k, kept, s)
     return k, _grown(target, weight, above, d, unbias)
 
 
@@ -240,11 +252,12 @@ def quantize_vectors(x, h, codebook, layout, ladder, trials, refine, emphatic, u
         target, weight, signs = lanes_array(256), lanes_array(256), np.zeros(32, np.int64)
         forms = lanes_array(2 * n ** (4 // layout.parts) * STRIDE)
         group, index, s = lanes_array(48), np.zeros(layout.parts * 32, np.int64), lanes_array(SCRATCH)
+        kept = np.zeros_like(index)
         s[:] = F(0)
         for sup in range(chunk * 8, min(supers, chunk * 8 + 8)):
             load_super(x, h, sup * 256, layout.sign_bits, emphatic, target, weight, signs, group)
             k, d = _solve(
-                target, weight, codebook, layout, ladder, trials, refine, unbias, forms, group, index, s
+                target, weight, codebook, layout, ladder, trials, refine, unbias, forms, group, index, kept, s
             )  # fmt: skip
             d_out[sup] = d
-            _write(sup, layout, k, signs, index, codes, k_out, shift_out, s)
+            _write(sup, layout, k, signs, kept, codes, k_out, shift_out, s)

@@ -143,16 +143,6 @@ def _four(heads, tails, forms, half, g):
 
 
 @njit(**INNER)
-def _least(heads, tails, forms, half):
-    """The least errors of each lane of both tiles."""
-    even, odd = splat(F(1e30)), splat(F(1e30))
-    for g in range(heads.size):
-        a, b = _four(heads, tails, forms, half, g)
-        even, odd = lower(a, even), lower(b, odd)
-    return even, odd
-
-
-@njit(**INNER)
 def _numbers(which, least, tile, heads, tails, entries, forms, half, group, index, at):
     """The numbers of the vectors of one tile that have the least errors, found among four: index[at:], [16]."""
     store(group, 0, which)
@@ -168,7 +158,7 @@ def _numbers(which, least, tile, heads, tails, entries, forms, half, group, inde
 
 @njit(**INNER)
 def _least_of(heads, tails, entries, forms, half, group, index, part, parts):
-    """The same, and the numbers of the vectors that have it: index [2 tiles, parts, 16]."""
+    """The least errors of each lane of both tiles, and the numbers of the vectors that have them: index [2 tiles, parts, 16]."""
     even, odd, number, one = splat(F(1e30)), splat(F(1e30)), splat(F(0)), splat(F(1))
     which_even, which_odd = number, number
     for g in range(heads.size):
@@ -181,11 +171,11 @@ def _least_of(heads, tails, entries, forms, half, group, index, part, parts):
 
 
 @njit(**INNER)
-def nearest_vectors(target, weight, scale, shifts, codebook, parts, indexed, forms, group, index):
+def nearest_vectors(target, weight, scale, shifts, codebook, parts, forms, group, index):
     """Errors of the nearest vectors of both tiles at given scales, without the constant sum h x^2: (even codes', odd codes').
 
     target, weight: float32 [2 * 8 * 16]; scale: lanes; shifts: a pair of lanes; forms, group: float32 scratch; index: out, int64
-    [2 * parts * 16], numbers of the vectors, if `indexed`.
+    [2 * parts * 16], numbers of the vectors.
     """
     levels, heads, tails = codebook.levels, codebook.heads, codebook.tails
     width = 8 // parts
@@ -201,10 +191,7 @@ def nearest_vectors(target, weight, scale, shifts, codebook, parts, indexed, for
             else:
                 _two_of_8(target, weight, row, scale, shift, levels, forms, at)
                 _two_of_8(target, weight, row + 32, scale, shift, levels, forms, half + at)
-        if indexed:
-            a, b = _least_of(heads, tails, codebook.entries, forms, half, group, index, part, parts)
-        else:
-            a, b = _least(heads, tails, forms, half)
+        a, b = _least_of(heads, tails, codebook.entries, forms, half, group, index, part, parts)
         even, odd = even + a, odd + b
     return even, odd
 
