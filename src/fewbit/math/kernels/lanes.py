@@ -22,7 +22,7 @@ from numba.extending import intrinsic, models, overload, register_model
 
 WIDTH = 16
 _F32, _I8, _I16, _I32 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32)
-VECTOR, _VI = ir.VectorType(_F32, WIDTH), ir.VectorType(_I32, WIDTH)
+_VF, _VI = ir.VectorType(_F32, WIDTH), ir.VectorType(_I32, WIDTH)
 _MAGIC = 12582912.0  # 1.5 * 2^23: adding and subtracting it rounds to the nearest integer, ties to even
 
 
@@ -37,18 +37,18 @@ Lanes = _LanesType()
 @register_model(_LanesType)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, dmm, fe_type) -> None:
-        super().__init__(dmm, fe_type, VECTOR)
+        super().__init__(dmm, fe_type, _VF)
 
 
 def _constant(value: float) -> ir.Constant:
-    return ir.Constant(VECTOR, [value] * WIDTH)
+    return ir.Constant(_VF, [value] * WIDTH)
 
 
 def _integers(value: int) -> ir.Constant:
     return ir.Constant(_VI, [value] * WIDTH)
 
 
-def spread(builder: ir.IRBuilder, scalar: ir.Value, vector: ir.VectorType) -> ir.Value:
+def _spread(builder: ir.IRBuilder, scalar: ir.Value, vector: ir.VectorType) -> ir.Value:
     """A scalar in all lanes."""
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(_I32, 0))
     return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), ir.Constant(_VI, [0] * WIDTH))
@@ -86,7 +86,7 @@ def splat(typingctx, x):
     """A float32 in all lanes."""
 
     def codegen(context, builder, signature, args):
-        return spread(builder, args[0], VECTOR)
+        return _spread(builder, args[0], _VF)
 
     return Lanes(types.float32), codegen
 
@@ -102,9 +102,9 @@ def load(typingctx, array, at):
         pointer = _pointer(context, builder, signature.args[0], args[0], args[1], element)
         value = builder.load(pointer, align=4 if element is _F32 else 2)
         if signature.args[0].dtype == types.uint16:
-            return builder.bitcast(builder.shl(builder.zext(value, _VI), _integers(16)), VECTOR)
+            return builder.bitcast(builder.shl(builder.zext(value, _VI), _integers(16)), _VF)
         if signature.args[0].dtype == types.int16:
-            return builder.fpext(builder.bitcast(value, ir.VectorType(ir.HalfType(), WIDTH)), VECTOR)
+            return builder.fpext(builder.bitcast(value, ir.VectorType(ir.HalfType(), WIDTH)), _VF)
         return value
 
     return Lanes(array, types.intp), codegen
@@ -189,7 +189,7 @@ def root(typingctx, x):
     """The square root, correctly rounded."""
 
     def codegen(context, builder, signature, args):
-        kind = ir.FunctionType(VECTOR, [VECTOR])
+        kind = ir.FunctionType(_VF, [_VF])
         return builder.call(builder.module.declare_intrinsic(f"llvm.sqrt.v{WIDTH}f32", fnty=kind), args)
 
     return Lanes(Lanes), codegen
@@ -202,17 +202,17 @@ def half(typingctx, x):
     def codegen(context, builder, signature, args):
         bits = builder.bitcast(args[0], _VI)
         sign = builder.and_(bits, _integers(-(1 << 31)))
-        size = builder.bitcast(builder.and_(bits, _integers(0x7FFFFFFF)), VECTOR)
+        size = builder.bitcast(builder.and_(bits, _integers(0x7FFFFFFF)), _VF)
         top = _constant(65504.0)
         size = builder.select(_emit_less(builder, top, size), top, size)
         raw = builder.bitcast(size, _VI)
         even = builder.and_(builder.lshr(raw, _integers(13)), _integers(1))
         rounded = builder.add(raw, builder.add(_integers(0xFFF), even))
-        normal = builder.bitcast(builder.and_(rounded, _integers(-8192)), VECTOR)
+        normal = builder.bitcast(builder.and_(rounded, _integers(-8192)), _VF)
         magic = _constant(0.75)  # 1.5 * 2^23 times the least subnormal, 2^-24
         small = builder.fsub(builder.fadd(size, magic), magic)
         level = builder.select(_emit_less(builder, size, _constant(2.0**-14)), small, normal)
-        return builder.bitcast(builder.or_(sign, builder.bitcast(level, _VI)), VECTOR)
+        return builder.bitcast(builder.or_(sign, builder.bitcast(level, _VI)), _VF)
 
     return Lanes(Lanes), codegen
 
@@ -244,7 +244,7 @@ def neighbour(typingctx, x):
 
     def codegen(context, builder, signature, args):
         mask = ir.Constant(_VI, [n ^ 1 for n in range(WIDTH)])
-        return builder.shuffle_vector(args[0], ir.Constant(VECTOR, ir.Undefined), mask)
+        return builder.shuffle_vector(args[0], ir.Constant(_VF, ir.Undefined), mask)
 
     return Lanes(Lanes), codegen
 
@@ -257,7 +257,7 @@ def total(typingctx, x):
         value = args[0]
         for step in (8, 4, 2, 1):
             mask = ir.Constant(_VI, [(n + step) % WIDTH for n in range(WIDTH)])
-            value = builder.fadd(value, builder.shuffle_vector(value, ir.Constant(VECTOR, ir.Undefined), mask))
+            value = builder.fadd(value, builder.shuffle_vector(value, ir.Constant(_VF, ir.Undefined), mask))
         return builder.extract_element(value, ir.Constant(_I32, 0))
 
     return types.float32(Lanes), codegen
@@ -267,16 +267,16 @@ def _emit_float(builder, x, high, shift, normal, magic):
     """(sign bit, magnitude bits rounded to the grid, rounded subnormal magnitude, whether normal)."""
     bits = builder.bitcast(x, _VI)
     sign = builder.and_(bits, _integers(-(1 << 31)))
-    size = builder.bitcast(builder.and_(bits, _integers(0x7FFFFFFF)), VECTOR)
-    top = spread(builder, high, VECTOR)
+    size = builder.bitcast(builder.and_(bits, _integers(0x7FFFFFFF)), _VF)
+    top = _spread(builder, high, _VF)
     size = builder.select(_emit_less(builder, top, size), top, size)
     raw = builder.bitcast(size, _VI)
-    places = spread(builder, shift, _VI)
+    places = _spread(builder, shift, _VI)
     half = builder.sub(builder.shl(_integers(1), builder.sub(places, _integers(1))), _integers(1))
     even = builder.and_(builder.lshr(raw, places), _integers(1))
     rounded = builder.add(raw, builder.add(half, even))
-    lifted = builder.fadd(size, spread(builder, magic, VECTOR))
-    is_normal = builder.fcmp_ordered(">=", size, spread(builder, normal, VECTOR))
+    lifted = builder.fadd(size, _spread(builder, magic, _VF))
+    is_normal = builder.fcmp_ordered(">=", size, _spread(builder, normal, _VF))
     return sign, rounded, lifted, is_normal
 
 
@@ -290,10 +290,10 @@ def float_level(typingctx, x, high, shift, normal, magic):
 
     def codegen(context, builder, signature, args):
         sign, rounded, lifted, is_normal = _emit_float(builder, *args)
-        places = spread(builder, args[2], _VI)
+        places = _spread(builder, args[2], _VI)
         level = builder.shl(builder.lshr(rounded, places), places)
-        small = builder.bitcast(builder.fsub(lifted, spread(builder, args[4], VECTOR)), _VI)
-        return builder.bitcast(builder.or_(sign, builder.select(is_normal, level, small)), VECTOR)
+        small = builder.bitcast(builder.fsub(lifted, _spread(builder, args[4], _VF)), _VI)
+        return builder.bitcast(builder.or_(sign, builder.select(is_normal, level, small)), _VF)
 
     return Lanes(Lanes, types.float32, types.int32, types.float32, types.float32), codegen
 
@@ -304,12 +304,12 @@ def float_code(typingctx, x, high, shift, normal, magic, lowest, sign_bit):
 
     def codegen(context, builder, signature, args):
         sign, rounded, lifted, is_normal = _emit_float(builder, *args[:5])
-        code = builder.sub(builder.lshr(rounded, spread(builder, args[2], _VI)), spread(builder, args[5], _VI))
-        base = builder.bitcast(spread(builder, args[4], VECTOR), _VI)
+        code = builder.sub(builder.lshr(rounded, _spread(builder, args[2], _VI)), _spread(builder, args[5], _VI))
+        base = builder.bitcast(_spread(builder, args[4], _VF), _VI)
         small = builder.sub(builder.bitcast(lifted, _VI), base)
         code = builder.select(is_normal, code, small)
         negative = builder.icmp_signed("<", sign, _integers(0))
-        code = builder.or_(code, builder.select(negative, spread(builder, args[6], _VI), _integers(0)))
-        return builder.sitofp(code, VECTOR)
+        code = builder.or_(code, builder.select(negative, _spread(builder, args[6], _VI), _integers(0)))
+        return builder.sitofp(code, _VF)
 
     return Lanes(Lanes, types.float32, types.int32, types.float32, types.float32, types.int32, types.int32), codegen

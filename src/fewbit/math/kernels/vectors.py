@@ -26,19 +26,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from fewbit.math.kernels.kquants_tiles import F, transpose
-from fewbit.math.kernels.lanes import (
-    VECTOR,
-    Lanes,
-    higher,
-    load,
-    lower,
-    root,
-    splat,
-    spread,
-    store,
-    total,
-    where_greater,
-)
+from fewbit.math.kernels.lanes import _VF, Lanes, _spread, higher, load, lower, root, splat, store, total, where_greater
 from fewbit.math.kernels.options import INNER
 
 STRIDE = 32  # of a table of forms: sixteen lanes for each of two tiles
@@ -104,11 +92,11 @@ def _former(levels_count: int, count: int):
                 return builder.gep(data, [builder.add(start, ir.Constant(start.type, offset))])
 
             def lanes(array, offset):
-                return builder.load(builder.bitcast(place(array, first, offset), VECTOR.as_pointer()), align=4)
+                return builder.load(builder.bitcast(place(array, first, offset), _VF.as_pointer()), align=4)
 
             zero = ir.Constant(first.type, 0)
             magnitudes = [
-                builder.fadd(spread(builder, builder.load(place(levels, zero, i)), VECTOR), delta)
+                builder.fadd(_spread(builder, builder.load(place(levels, zero, i)), _VF), delta)
                 for i in range(levels_count)
             ]
             sums = []
@@ -120,7 +108,7 @@ def _former(levels_count: int, count: int):
             while len(sums) > 2:
                 sums = [[builder.fadd(p, q) for p in sums[n] for q in sums[n + 1]] for n in range(0, len(sums), 2)]
             for n, error in enumerate(builder.fadd(p, q) for p in sums[0] for q in sums[1]):
-                builder.store(error, builder.bitcast(place(out, at, STRIDE * n), VECTOR.as_pointer()), align=4)
+                builder.store(error, builder.bitcast(place(out, at, STRIDE * n), _VF.as_pointer()), align=4)
             return context.get_dummy_value()
 
         index = types.intp
