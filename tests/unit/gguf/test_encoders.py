@@ -14,6 +14,7 @@ from fewbit.formats.gguf.codecs import to_blocks
 from fewbit.formats.gguf.types import FLOATS, TYPES
 from fewbit.math.kernels.kquants_tiles import F, growth, round_f16
 from fewbit.math.kernels.lanes import half, load, root, store, store_nearest
+from fewbit.math.kernels.vectors import book
 from fewbit.math.lattice import EFFORTS
 from fewbit.math.scales import Search, assemble, effective, fit, fit_plain, quantize, snap
 from fewbit.num.grid import VectorGrid
@@ -277,6 +278,11 @@ def _lanes_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     halves, roots = np.empty_like(padded), np.empty_like(padded)
     _halves_and_roots(padded, halves, roots)
     return halves[: len(values)], roots[: len(values)]
+
+
+def test_a_codebook_that_the_search_was_not_made_for_is_refused() -> None:
+    with pytest.raises(ValueError, match="4 magnitudes of 2 levels"):
+        book(np.array([[1, 3] * 4, [3, 1] * 4]))
 
 
 @njit
