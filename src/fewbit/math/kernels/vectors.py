@@ -2,14 +2,14 @@
 
 A code stands for 8 weights: `parts` vectors of 8 / parts magnitudes. Each vector is cut in two halves that can take only so many forms (81
 for four magnitudes of three levels, 64 for two of eight). For each half the weighted error of every form is tabled; a vector's error is
-one sum of two entries. Vectors are sorted by their first half and taken in fours with the same one (filled up by repetition), so that the
-least of four is their first half plus the least of four tails:
+one sum of two entries. Vectors are sorted by their first half and taken in eights with the same one (filled up by repetition), so that the
+least of eight is their first half plus the least of eight tails:
 
-        x of 16 codes         81 forms of the       81 forms of the           fours
-        [8, 16 lanes]   ->    first four levels  +  last four levels    ->    error[first] + min(error[last] of the four)
+        x of 16 codes         81 forms of the       81 forms of the           eights
+        [8, 16 lanes]   ->    first four levels  +  last four levels    ->    error[first] + min(error[last] of the eight)
 
 Loops of fixed length matter more than the repetitions: groups of all lengths would cost a mispredicted branch each. Which vector it was is
-looked up afterwards, and only where it is needed.
+looked up afterwards, among the eight alone.
 
 A super-block of 256 weights is two tiles of sixteen codes: code 2 n + t is lane n of tile t, weight j of it at t * 128 + j * 16 + n, so that
 sixteen weights in a row, transposed, are one lane of both tiles. Signs are folded into x beforehand. Where they must be even in number and are
@@ -38,8 +38,8 @@ class Book(NamedTuple):
     Attributes:
         levels: float32 [n], the values that a magnitude can take; shifts: float32 [variants], what a bit may add to them all ([0] without one).
         table: float32 [entries * 8 / parts].
-        heads: int16 [fours], forms of the first halves; tails: int16 [fours * 4], forms of the last halves.
-        entries: int64 [fours * 4], numbers of the vectors.
+        heads: int16 [eights], forms of the first halves; tails: int16 [eights * 8], forms of the last halves.
+        entries: int64 [eights * 8], numbers of the vectors.
     """
 
     levels: np.ndarray
@@ -62,13 +62,13 @@ def book(table: np.ndarray, shifts: tuple[float, ...] = (0.0,)) -> Book:
     entries = []
     for head in np.unique(first):
         group = order[first[order] == head]
-        entries += [*group, *[group[-1]] * (-len(group) % 4)]
+        entries += [*group, *[group[-1]] * (-len(group) % 8)]
     entries = np.array(entries, np.int64)
     return Book(
         levels.astype(np.float32),
         np.array(shifts, np.float32),
         np.ascontiguousarray(table, np.float32).reshape(-1),
-        (first[entries[::4]] * STRIDE).astype(np.int16),
+        (first[entries[::8]] * STRIDE).astype(np.int16),
         (last[entries] * STRIDE).astype(np.int16),
         entries,
     )
@@ -121,25 +121,26 @@ _four_of_3, _two_of_8 = _former(3, 4), _former(8, 2)
 
 
 @njit(**INNER, inline="always")
-def _four(heads, tails, forms, half, g):
-    """The least errors of four vectors in both tiles; heads' table is forms[:half], tails' the rest."""
-    head, t = heads[g], 4 * g
-    a, b, c, d = half + tails[t], half + tails[t + 1], half + tails[t + 2], half + tails[t + 3]
-    even = lower(lower(load(forms, a), load(forms, b)), lower(load(forms, c), load(forms, d)))
-    odd = lower(lower(load(forms, a + 16), load(forms, b + 16)), lower(load(forms, c + 16), load(forms, d + 16)))
-    return even + load(forms, head), odd + load(forms, head + 16)
+def _eight(heads, tails, forms, half, g, at):
+    """The least errors of eight vectors in the tile whose lanes begin at `at`; heads' table is forms[:half], tails' the rest."""
+    t, tail = 8 * g, half + at
+    a = lower(load(forms, tail + tails[t]), load(forms, tail + tails[t + 1]))
+    b = lower(load(forms, tail + tails[t + 2]), load(forms, tail + tails[t + 3]))
+    c = lower(load(forms, tail + tails[t + 4]), load(forms, tail + tails[t + 5]))
+    d = lower(load(forms, tail + tails[t + 6]), load(forms, tail + tails[t + 7]))
+    return lower(lower(a, b), lower(c, d)) + load(forms, heads[g] + at)
 
 
 @njit(**INNER)
 def _numbers(which, least, tile, heads, tails, entries, forms, half, group, index, at):
-    """The numbers of the vectors of one tile that have the least errors, found among four: index[at:], [16]."""
+    """The numbers of the vectors of one tile that have the least errors, found among eight: index[at:], [16]."""
     store(group, 0, which)
     store(group, 16, least)
     for lane in range(tile * 16, tile * 16 + 16):
         g, n = int(group[lane % 16]), lane % 16
         head, best = forms[heads[g] + lane], group[16 + n]
-        found = 4 * g
-        for t in range(4 * g + 1, 4 * g + 4):
+        found = 8 * g
+        for t in range(8 * g + 1, 8 * g + 8):
             found = t if forms[half + tails[t] + lane] + head == best else found
         index[at + n] = entries[found]
 
@@ -150,7 +151,7 @@ def _least_of(heads, tails, entries, forms, half, group, index, part, parts):
     even, odd, number, one = splat(F(1e30)), splat(F(1e30)), splat(F(0)), splat(F(1))
     which_even, which_odd = number, number
     for g in range(heads.size):
-        a, b = _four(heads, tails, forms, half, g)
+        a, b = _eight(heads, tails, forms, half, g, 0), _eight(heads, tails, forms, half, g, 16)
         which_even, which_odd = where_greater(even, a, number, which_even), where_greater(odd, b, number, which_odd)
         even, odd, number = lower(a, even), lower(b, odd), number + one
     _numbers(which_even, even, 0, heads, tails, entries, forms, half, group, index, part * 16)
