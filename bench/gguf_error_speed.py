@@ -4,8 +4,8 @@
 
 Error: sum h (w - w_hat)^2 of ours over ggml's, per type, with importance h, on three layers of the sample model and on Gaussian, Laplace and
 Student-t (3 degrees of freedom) rows; `worst` is the largest of these. Speed: nanoseconds per weight from float32 rows to packed
-bytes with importance, ours and ggml's in turn, medians over the repetitions, as wall clock and as CPU time of the process (the one to trust on
-a machine that does other work).
+bytes with importance, ours and ggml's in turn, medians over the repetitions (of the ratios too, so that what slows the machine down for a while
+slows both), as wall clock and as CPU time of the process (the one to trust on a machine that does other work).
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def speed(name: str, w: np.ndarray, h: np.ndarray | None, threads: int, repeat: 
     found = {}
     for at, clock in enumerate(("wall", "cpu")):
         a, b = statistics.median(t[at] for t in mine), statistics.median(t[at] for t in theirs)
-        found |= {f"ours_{clock}_ns": round(a, 2), f"ggml_{clock}_ns": round(b, 2), f"{clock}_ratio": round(b / a, 2)}
+        ratio = statistics.median(other[at] / own[at] for own, other in zip(mine, theirs, strict=True))
+        found |= {f"ours_{clock}_ns": round(a, 2), f"ggml_{clock}_ns": round(b, 2), f"{clock}_ratio": round(ratio, 2)}
     return found
 
 

@@ -7,5 +7,7 @@ INNER   what kernels call: it borrows its arrays. Elsewhere numba counts referen
 
 from __future__ import annotations
 
+from numba.core.options import DefaultOptions
+
 OUTER = {"nogil": True, "cache": True, "error_model": "numpy"}
-INNER = OUTER | {"_nrt": False}
+INNER = OUTER | ({"_nrt": False} if hasattr(DefaultOptions, "_nrt") else {})  # not a promised option: without it, slower
