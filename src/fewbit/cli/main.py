@@ -70,6 +70,9 @@ def main(argv: list[str] | None = None) -> None:
 
         print(f"fewbit {__version__}")
         sys.exit(0)
+    from fewbit.base.resident import one_heap
+
+    one_heap()  # before anything starts a thread
     from fewbit.cli.app import run
 
     sys.exit(run(args))

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fewbit.base.resident import straight_from_the_system, trim
+from fewbit.base.resident import freed_memory_stays, straight_from_the_system, trim
 from fewbit.math.stats import Stats
 from fewbit.plan.calibrated import calibrated_budget
 from fewbit.run.acts import ActStore
@@ -68,8 +68,9 @@ class Calibrated:
 
     def __iter__(self) -> Iterator[tuple[Group, Solved]]:
         with contextlib.ExitStack() as stack, torch.no_grad():
-            if self.room.spill or self.model.dtype.itemsize == 2:  # what lanes free must not wait in the heap for them
-                stack.enter_context(straight_from_the_system())
+            # what lanes free waits in the heap for their next batch, but where memory is short
+            scarce = self.room.spill or self.model.dtype.itemsize == 2
+            stack.enter_context(straight_from_the_system() if scarce else freed_memory_stays())
             arguments, quantised, floats = self._enter(stack)
             for index in range(self._resume(quantised, floats), len(self.model)):
                 block = Block(self.model, index, arguments[index], self.batch, self.lanes)
