@@ -9,6 +9,7 @@ import torch
 from fewbit.base.errors import InputError
 from fewbit.math.linalg import add_gram
 from fewbit.math.ranges import magnitudes
+from fewbit.num.qtensor import all_finite
 
 _SUMS = ("absmean", "sumsq", "gram", "cross_gram", "out_gram", "histogram")
 _BY_CHANNEL = ("absmax", "absmean", "sumsq", "gram", "cross_gram")
@@ -84,7 +85,7 @@ class Stats:
             InputError: FB-E0703 when x holds non-finite numbers or has other channels than before.
         """
         flat = x.reshape(-1, x.shape[-1]).float()
-        if not bool(torch.isfinite(flat.sum())) and not bool(torch.isfinite(flat).all()):  # a sum is read faster
+        if not all_finite(flat):
             bad = int((~torch.isfinite(flat)).sum())
             raise InputError("FB-E0703", f"{bad} of {flat.numel()} calibration inputs are NaN or infinite")
         new: dict[str, torch.Tensor] = {}

@@ -252,12 +252,12 @@ class QTensor:
                 counts = part.block_counts(self.scheme.block_counts(self.shape))
                 if stored.numel() != _numel(counts):
                     return f"{name} has {stored.numel()} entries, {self.scheme} of {self.shape} needs {counts}"
-                if stored.dtype.is_floating_point and not _finite(stored):
+                if stored.dtype.is_floating_point and not all_finite(stored):
                     return f"{name} holds NaN or infinity"
         return None
 
 
-def _finite(values: torch.Tensor) -> bool:
+def all_finite(values: torch.Tensor) -> bool:
     """Whether no entry is NaN or infinite; their sum, which is quicker, tells unless it leaves float32 itself."""
     values = values.float()
     return bool(values.sum().isfinite()) or bool(values.isfinite().all())

@@ -9,6 +9,7 @@ import numpy as np
 from numba import njit
 
 from fewbit.math.kernels import planes
+from fewbit.math.kernels.options import OUTER
 
 Parts = dict[str, np.ndarray]
 """Name as in `QTensor.named_parts` -> entries [blocks, entries per block]: codes, scale.codes, scale.scale …"""
@@ -56,7 +57,7 @@ def unpack_planes(packed: np.ndarray, bits: int, width: int) -> np.ndarray:
     return codes
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**OUTER)
 def _unpack(packed: np.ndarray, bits: int, width: int, codes: np.ndarray) -> None:
     planes, mask = 8 // bits, np.uint8((1 << bits) - 1)
     for run in range(packed.size // width):
@@ -67,7 +68,7 @@ def _unpack(packed: np.ndarray, bits: int, width: int, codes: np.ndarray) -> Non
                 codes[start + i] = (packed[source + i] >> shift) & mask
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(**OUTER)
 def pack_trits(codes: np.ndarray, runs: np.ndarray, packed: np.ndarray) -> None:
     """Trits (0, 1, 2) as fractions of 256 in base 3, several to a byte.
 

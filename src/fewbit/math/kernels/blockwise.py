@@ -35,13 +35,13 @@ from fewbit.math.kernels.lanes import (
     store,
     where_greater,
 )
+from fewbit.math.kernels.options import OUTER
 
 _ZERO, _ONE, _TWO, _HALF = np.float32(0.0), np.float32(1.0), np.float32(2.0), np.float32(0.5)
 _INFINITE = np.float32(np.inf)
-_OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def _level(u, low, high, kind, ends, levels):
     """The nearest level of each lane."""
     if kind is not None:
@@ -54,13 +54,13 @@ def _level(u, low, high, kind, ends, levels):
     return rint(lower(higher(u, splat(low)), splat(high)))
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def _at(k, size):
     """Where to read the lanes that start at k: the last ones overlap those before."""
     return min(k, size - WIDTH)
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def extremes(x, size, low, high, b0, b1):
     """Lowest and highest value of each block; returns whether any is NaN or infinite."""
     bad = splat(_ZERO)
@@ -81,7 +81,7 @@ def extremes(x, size, low, high, b0, b1):
     return found != _ZERO
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def errors(x, size, h, scale, zero, shift, codes, out, b0, b1, low, high, kind, ends, levels):
     """Weighted squared error of each block under stored parameters, with the arithmetic of `snap` and `dequantize`.
 
@@ -113,7 +113,7 @@ def errors(x, size, h, scale, zero, shift, codes, out, b0, b1, low, high, kind, 
         out[b] = whole
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def curvatures(x, size, h, scale, zero, shift, out, out_weight, b0, b1, low, high, kind, ends, levels):
     """Sum h (level - z)^2 and sum h of each block: how its error bends with its scale and with its shift."""
     ramp = np.empty(WIDTH, np.float32)
@@ -141,7 +141,7 @@ def curvatures(x, size, h, scale, zero, shift, out, out_weight, b0, b1, low, hig
         out_weight[b] = hh
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def snap(x, size, scale, zero, shift, out, b0, b1, low, high, kind, ends, marks):
     """Codes of the levels nearest to (x - v) / s + z, or to z where s is 0.
 
@@ -161,14 +161,14 @@ def snap(x, size, scale, zero, shift, out, b0, b1, low, high, kind, ends, marks)
                 store(out, at, _level(u, low, high, None, None, None))
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def relabel(codes, order, a, b):
     """codes[i] = order[codes[i]] in place."""
     for i in range(a, b):
         codes[i] = order[codes[i]]
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def _side_by_side(x, size, h, first, end, t, th, origin):
     """Blocks first..first+15, less their origin, as lanes of t; lanes beyond the end repeat the last block."""
     for n in range(WIDTH):
@@ -185,7 +185,7 @@ def _side_by_side(x, size, h, first, end, t, th, origin):
             th[k * WIDTH + n] = h[row + k]
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def _sums(t, th, size, inverse, shift, off, low, high, kind, ends, levels):
     """(sum h q q, sum h q x, sum h q) with q = level(x * inverse + shift) - off, lane by lane."""
     ll, lx, l1 = splat(_ZERO), splat(_ZERO), splat(_ZERO)
@@ -199,14 +199,14 @@ def _sums(t, th, size, inverse, shift, off, low, high, kind, ends, levels):
     return ll, lx, l1
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def _inverse(s):
     """1 / s, and 0 where s is 0."""
     zero, turned = splat(_ZERO), splat(_ONE) / s
     return where_greater(s, zero, turned, where_greater(zero, s, turned, zero))
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def search_scale(x, size, h, base, ratios, rounds, out, b0, b1, low, high, kind, ends, levels):
     """Least-squares scale without shift: the best of base[i, block] * ratio, each refitted in closed form.
 
@@ -235,7 +235,7 @@ def search_scale(x, size, h, base, ratios, rounds, out, b0, b1, low, high, kind,
         store(out, first, best)
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def search_zero(x, size, h, least, most, ratios, near, rounds, out, out_zero, b0, b1, low, high):
     """Least-squares scale with an integer zero point in low..high: ratios of the range times the neighbours of its zero point."""
     t = np.empty(size * WIDTH, np.float32)
@@ -265,7 +265,7 @@ def search_zero(x, size, h, least, most, ratios, near, rounds, out, out_zero, b0
         store(out_zero, first, best_z)
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def search_shift(x, size, h, least, most, ratios, rounds, down, out, out_shift, b0, b1, low, high):
     """Least-squares scale and float shift v (x ~ q s + v): ratios of the range, each refitted in closed form.
 

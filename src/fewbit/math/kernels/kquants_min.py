@@ -29,6 +29,7 @@ from fewbit.math.kernels.kquants_tiles import (
     round_f16,
     share_sums,
     tile_place,
+    write_scales,
 )
 from fewbit.math.kernels.lanes import (
     half,
@@ -260,13 +261,8 @@ def _write(first, blocks, per_super, s, k_out, m_out, d_out, dmin_out):
     store(s, _DMIN, half(load(s, _GROWTH) * load(s, _DMIN)))
     for lane in range(blocks if per_super > 1 else 0):
         k_out[first + lane], m_out[first + lane] = np.uint8(s[_K + lane]), np.uint8(s[_M + lane])
-    if per_super == 1 and blocks == LANES:
-        store(d_out, first, load(s, _D))
-        store(dmin_out, first, load(s, _DMIN))
-        return
-    for lane in range(0, blocks, per_super):
-        d_out[(first + lane) // per_super] = s[_D + lane]
-        dmin_out[(first + lane) // per_super] = s[_DMIN + lane]
+    write_scales(s, _D, first, blocks, per_super, d_out)
+    write_scales(s, _DMIN, first, blocks, per_super, dmin_out)
 
 
 @njit(**OUTER, parallel=True)

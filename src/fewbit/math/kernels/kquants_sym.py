@@ -29,6 +29,7 @@ from fewbit.math.kernels.kquants_tiles import (
     round_f16,
     share_sums,
     tile_place,
+    write_scales,
 )
 from fewbit.math.kernels.lanes import (
     half,
@@ -186,11 +187,7 @@ def _write(first, blocks, per_super, s, k_out, d_out):
     store(s, _D, half(load(s, _GROWTH) * load(s, _D)))
     for lane in range(blocks if per_super > 1 else 0):
         k_out[first + lane] = np.int8(s[_K + lane])
-    if per_super == 1 and blocks == LANES:
-        store(d_out, first, load(s, _D))
-        return
-    for lane in range(0, blocks, per_super):
-        d_out[(first + lane) // per_super] = s[_D + lane]
+    write_scales(s, _D, first, blocks, per_super, d_out)
 
 
 @njit(**OUTER, parallel=True)

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from fewbit.math.kernels.lanes import higher, splat, where_greater
+from fewbit.math.kernels.lanes import higher, load, splat, store, where_greater
 from fewbit.math.kernels.options import INNER, OUTER
 
 LANES = 16
@@ -140,3 +140,13 @@ def lanes_array(count):
     whole = np.empty(count + LANES - 1, np.float32)
     start = (LANES - whole.ctypes.data // 4 % LANES) % LANES
     return whole[start : start + count]
+
+
+@njit(**INNER)
+def write_scales(lanes, row, first, blocks, per_super, out):
+    """One number of every super-block of a tile, all its lanes holding it, from lanes[row:] to out [blocks / per_super]."""
+    if per_super == 1 and blocks == LANES:
+        store(out, first, load(lanes, row))
+        return
+    for lane in range(0, blocks, per_super):
+        out[(first + lane) // per_super] = lanes[row + lane]

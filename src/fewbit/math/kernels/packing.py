@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-_OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy"}
+from fewbit.math.kernels.options import OUTER
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def pack_bytes(codes, bits, out, first, end):
     """codes uint8 [8 n], out uint8 [bits n]: runs of eight codes from first to end."""
     mask = np.uint64((1 << bits) - 1)
@@ -23,7 +23,7 @@ def pack_bytes(codes, bits, out, first, end):
             out[bits * i + j] = np.uint8(word >> np.uint64(8 * j))
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def unpack_bytes(words, bits, out, first, end):
     """The inverse of `pack_bytes`: words uint8 [bits n] -> out uint8 [8 n]."""
     mask = np.uint64((1 << bits) - 1)
@@ -35,7 +35,7 @@ def unpack_bytes(words, bits, out, first, end):
             out[8 * i + j] = np.uint8((word >> np.uint64(j * bits)) & mask)
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def pack_nibbles(codes, out, first, end):
     """codes uint64 [n] (eight codes of a byte each), out uint32 [n]: eight codes of four bits, the first one lowest.
 
@@ -48,7 +48,7 @@ def pack_nibbles(codes, out, first, end):
         out[i] = np.uint32(x | (x >> np.uint64(16)))
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def unpack_nibbles(words, out, first, end):
     """The inverse of `pack_nibbles`: words uint32 [n] -> out uint64 [n]."""
     for i in range(first, end):

@@ -18,14 +18,14 @@ import numpy as np
 from numba import njit, prange
 
 from fewbit.math.kernels.lanes import load, splat, store
+from fewbit.math.kernels.options import OUTER
 from fewbit.runtime.kernels.vectors import e4m3, e5m2, fma, halves, indices, look, total, upper, whole
 
-_OPTIONS = {"cache": True, "error_model": "numpy", "nogil": True}
 NIBBLES, WHOLE, E4M3, E5M2 = 0, 1, 2, 3  # how codes lie
 ROWS = 32  # rows that a thread takes at a time
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def _fill(out, array, start, n):
     """out float32 [>= n]: entries start .. start + n of an Array."""
     plain, codes, table, outer, per, offset = array
@@ -42,7 +42,7 @@ def _fill(out, array, start, n):
         j, block, left = stop, block + 1, per
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def _entries(arrays, start, n):
     """(scale, zero) float32 [n] of w = level * scale + zero, entries start .. start + n; zero is empty where it is nothing."""
     scales, code_shift, value_shift = arrays
@@ -59,7 +59,7 @@ def _entries(arrays, start, n):
     return scale, zero
 
 
-@njit(fastmath={"reassoc", "contract"}, **_OPTIONS)
+@njit(fastmath={"reassoc", "contract"}, **OUTER)
 def _weighted(zero, at, sums):
     """Σ zero[at + g] * sums[g]."""
     found = np.float32(0)
@@ -71,7 +71,7 @@ def _weighted(zero, at, sums):
 def _for_nibbles(steps):
     """The product of a row of 4-bit codes in runs of `steps` times 32 columns."""
 
-    @njit(**_OPTIONS)
+    @njit(**OUTER)
     def dot(codes, at, table, x, cols, scale, first, per, pair):
         levels, half, sums, i = load(table, 0), cols // 2, splat(np.float32(0)), 0
         for group in range(cols // (32 * steps * per)):
@@ -103,7 +103,7 @@ def _spread(values, first, run, per, pair):
     return splat(values[first + run // per])
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def _nibbles_decode(codes, at, table, out, to, cols, size, scale, zero, first, per, pair):
     levels, half = load(table, 0), cols // 2
     for run in range(cols // size):
@@ -117,7 +117,7 @@ def _nibbles_decode(codes, at, table, out, to, cols, size, scale, zero, first, p
 def _for_bytes(read):
     """The two loops for codes of one byte each, by how 16 of them are read."""
 
-    @njit(**_OPTIONS)
+    @njit(**OUTER)
     def dot(codes, at, x, cols, size, scale, first, per):
         sums, i = splat(np.float32(0)), 0
         for group in range(cols // (size * per)):
@@ -128,7 +128,7 @@ def _for_bytes(read):
                 i += 32
         return total(sums)
 
-    @njit(**_OPTIONS)
+    @njit(**OUTER)
     def decode(codes, at, out, to, cols, size, scale, zero, first, per):
         for run in range(cols // size):
             factor, shift = _spread(scale, first, run, per, False), _spread(zero, first, run, per, False)
@@ -143,7 +143,7 @@ _e4m3_dot, _e4m3_decode = _for_bytes(e4m3)
 _e5m2_dot, _e5m2_decode = _for_bytes(e5m2)
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def _dot(kind, codes, at, table, x, cols, size, scale, first, per, pair):
     if kind == WHOLE:
         return _whole_dot(codes, at, x, cols, size, scale, first, per)
@@ -158,7 +158,7 @@ def _dot(kind, codes, at, table, x, cols, size, scale, first, per, pair):
     return _nibbles_dot_1(codes, at, table, x, cols, scale, first, per, pair)
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def _decode(kind, codes, at, table, out, to, cols, size, scale, zero, first, per, pair):
     if kind == NIBBLES:
         _nibbles_decode(codes, at, table, out, to, cols, size, scale, zero, first, per, pair)
@@ -170,7 +170,7 @@ def _decode(kind, codes, at, table, out, to, cols, size, scale, zero, first, per
         _e5m2_decode(codes, at, out, to, cols, size, scale, zero, first, per)
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def _plain_dot(w, x, at, cols):
     one, two = splat(np.float32(0)), splat(np.float32(0))
     for i in range(0, cols, 32):
@@ -179,7 +179,7 @@ def _plain_dot(w, x, at, cols):
     return total(one + two)
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def _rows_times(kind, codes, table, arrays, x, sums, form, r0, r1, out):
     """Rows r0 … r1 of the product; see `times`."""
     cols, size, per, pair, groups = form[0], form[1], form[2], form[3] == 1, form[4]
@@ -198,7 +198,7 @@ def _rows_times(kind, codes, table, arrays, x, sums, form, r0, r1, out):
             out[0, r] = y + _weighted(zero, first, sums) if zero.size else y
 
 
-@njit(parallel=True, **_OPTIONS)
+@njit(parallel=True, **OUTER)
 def times(kind, codes, table, arrays, x, sums, form, out):
     """out float32 [tokens, rows] = x @ w.T.
 
@@ -221,7 +221,7 @@ def times(kind, codes, table, arrays, x, sums, form, out):
         _rows_times(kind, codes, table, arrays, x, sums, form, part * ROWS, min(rows, (part + 1) * ROWS), out)
 
 
-@njit(**_OPTIONS)
+@njit(**OUTER)
 def _rows_decoded(kind, codes, table, arrays, form, begin, r0, r1, out):
     cols, size, per, pair, groups = form[0], form[1], form[2], form[3] == 1, form[4]
     block_rows, width = form[5], codes.size // form[6]
@@ -232,7 +232,7 @@ def _rows_decoded(kind, codes, table, arrays, form, begin, r0, r1, out):
         _decode(kind, codes, r * width, table, out, (r - begin) * cols, cols, size, scale, zero, first, per, pair)
 
 
-@njit(parallel=True, **_OPTIONS)
+@njit(parallel=True, **OUTER)
 def decoded(kind, codes, table, arrays, form, first, last, out):
     """out float32 [(last - first) * cols]: rows first … last of the weight, columns in the order that `times` wants x in."""
     scale, codes_shift, values = arrays
