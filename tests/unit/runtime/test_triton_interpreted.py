@@ -27,7 +27,6 @@ def test_the_kernels_interpreted() -> None:
         sys.executable,
         "-m",
         "pytest",
-        "-q",
         "-x",
         "tests/gpu/test_triton_kernels.py",
         "-k",
