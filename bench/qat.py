@@ -95,7 +95,8 @@ def run(scheme: str, args: argparse.Namespace, data: dict[str, torch.Tensor]) ->
         start = take_start(model, earlier if before else best)
         rates = tuple(args.rates or RATES[recipe])
         done = prepare(model, next(iter(start.values())).scheme, recipe=recipe, start=start, floats="bf16")
-        schedule = Schedule(steps=steps, batch=args.batch, every=max(1, steps // 12), seed=1 if before else 0)
+        words = {"compute": args.compute, "noise": args.noise, "seed": 1 if before else 0}
+        schedule = Schedule(steps=steps, batch=args.batch, every=max(1, steps // 12), **words)
         say = lambda point, tag=f"{scheme} {recipe}": print(tag, point.record(), file=sys.stderr, flush=True)  # noqa: E731
         curve: list[Point] = train(
             model,
@@ -124,6 +125,8 @@ def run(scheme: str, args: argparse.Namespace, data: dict[str, torch.Tensor]) ->
             "learning": done.learning,
             "seconds": curve[-1].seconds,
             "rates": rates,
+            "compute": args.compute,
+            "noise": args.noise,
             "curve": [point.record() for point in curve],
             "before": before
             and {key: before.get(key) for key in ("steps", "tokens", "rates", "curve", "wikitext2", "heldout")},
@@ -147,6 +150,9 @@ def main() -> None:
     parser.add_argument(
         "--rates", nargs=2, type=float, help="peak rates of weights and of the rest, in steps, instead of the recipe's"
     )
+    parser.add_argument("--compute", default="float32", help="or bfloat16: dtype of the products")
+    parser.add_argument("--noise", type=float, default=0.0, help="share of tokens replaced in every second window")
+    parser.add_argument("--threads", type=int, help="of torch; all cores if not given")
     parser.add_argument("--go-on", action="store_true", help="start where an earlier run in --work ended")
     parser.add_argument("--only-start", action="store_true", help="quantise the starts in --work, and stop")
     parser.add_argument("--tokens", type=int, default=12_288)
@@ -155,9 +161,10 @@ def main() -> None:
         "--out", type=Path, default=ROOT / "bench" / "results" / "qat.json", help="rows of other schemes stay"
     )
     args = parser.parse_args()
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     args.work.mkdir(parents=True, exist_ok=True)
     data = {
-        "train": calibration("default", BASE, args.steps * args.batch, 256, int(args.go_on), 8192).tokens,
+        "train": calibration("default", BASE, min(args.steps * args.batch, 3000), 256, int(args.go_on), 8192).tokens,
         "eval": windows(TEXT, BASE, 512, 4096, 8192).tokens,
     }
     for scheme in args.schemes:

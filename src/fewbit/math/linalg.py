@@ -21,6 +21,7 @@ from fewbit.base.errors import InputError
 LADDER = (1.0, 10.0, 100.0, 1000.0)  # times the damping asked for
 TURNED = 256  # rows that are turned over at once
 ROWS = 1024  # right-hand sides that are solved for at once
+HALF_TOKENS = 1024  # of bfloat16 whose products are rounded at once
 PANELS = (128, 1024)  # fewest and most columns of a gram that are multiplied at once
 DOUBLE = 2048  # up to this size factors are computed in float64; a larger one takes float32
 
@@ -70,10 +71,17 @@ def add_gram(gram: torch.Tensor | None, x: torch.Tensor, alpha: float = 1.0) -> 
     """gram [n, n] + alpha * x^T x for x [tokens, n], in place; None stands for zeros.
 
     The products below the diagonal are written to both sides: a little more than half of the work, for the same numbers.
+
+    Where x is bfloat16 it is multiplied so, a thousand tokens at a time, for products come out rounded to bfloat16 and their errors (2^-9 at the most) are to
+    average out in the float32 sum: of 65,536 tokens an entry is off by 1.4e-4 of itself, little beside the usual damping.
     """
     n = x.shape[1]
     if gram is None:
-        gram = x.new_zeros(n, n)
+        gram = torch.zeros(n, n, dtype=torch.float32 if x.dtype == torch.bfloat16 else x.dtype, device=x.device)
+    if x.dtype == torch.bfloat16 and len(x) > HALF_TOKENS:
+        for some in x.split(HALF_TOKENS):
+            add_gram(gram, some, alpha)
+        return gram
     width = min(PANELS[1], max(PANELS[0], n // 6 // PANELS[0] * PANELS[0]))
     for a in range(0, n, width):
         b = min(a + width, n)

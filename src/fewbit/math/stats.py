@@ -84,10 +84,11 @@ class Stats:
         Raises:
             InputError: FB-E0703 when x holds non-finite numbers or has other channels than before.
         """
-        flat = x.reshape(-1, x.shape[-1]).float()
+        flat = x.reshape(-1, x.shape[-1])
         if not all_finite(flat):
             bad = int((~torch.isfinite(flat)).sum())
             raise InputError("FB-E0703", f"{bad} of {flat.numel()} calibration inputs are NaN or infinite")
+        flat = flat.float() if needs else flat  # a copy that plain error feedback has no use for
         new: dict[str, torch.Tensor] = {}
         if "absmax" in needs and flat.shape[0]:
             new["absmax"] = flat.abs().amax(0)
@@ -120,8 +121,9 @@ class Stats:
         """
         large = needs & {"gram", "cross_gram"}
         found = replace(self, gram=None, cross_gram=None).add(x, x_float, needs=needs - large)
-        flat = x.reshape(-1, x.shape[-1]).float()
-        flat = flat if root is None else flat * root
+        flat = x.reshape(-1, x.shape[-1])
+        flat = flat if large == {"gram"} and flat.dtype == torch.bfloat16 else flat.float()
+        flat = flat if root is None else flat * root.to(flat.dtype)
         grams: dict[str, torch.Tensor] = {}
         if "gram" in large:
             grams["gram"] = add_gram(self.gram, flat)

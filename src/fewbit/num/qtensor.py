@@ -259,8 +259,9 @@ class QTensor:
 
 def all_finite(values: torch.Tensor) -> bool:
     """Whether no entry is NaN or infinite; their sum, which is quicker, tells unless it leaves float32 itself."""
-    values = values.float()
-    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+    values = values.float() if values.dtype.itemsize == 1 else values  # eight bits have no sums
+    kind = torch.float32 if values.dtype.is_floating_point else None
+    return bool(values.sum(dtype=kind).isfinite()) or bool(values.isfinite().all())
 
 
 def _how(stored: torch.Tensor | QTensor | None) -> str:

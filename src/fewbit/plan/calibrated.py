@@ -22,6 +22,7 @@ from math import prod
 from typing import Any
 
 from fewbit.arch.rewrite_table import options_of as rewrite_options
+from fewbit.base.cpu import multiplies_bfloat16
 from fewbit.base.errors import ResourceError
 from fewbit.base.manifest import Manifest
 from fewbit.base.names import layer_index
@@ -63,6 +64,7 @@ class CalibratedBudget:
     Attributes:
         workers: weights of a stage solved at once. spill: whether hidden states lie on disk.
         kept: bytes that may stay in memory of what is kept between the passes through a block.
+        again: whether wide inputs (what gate and up make) are made again instead of kept: less memory, one product more.
         peak: bytes of resident memory. phases: name -> its peak; the largest is `peak`.
         device_peak, device_phases: the same of device memory; 0 and none where everything is computed on the CPU.
     """
@@ -70,6 +72,7 @@ class CalibratedBudget:
     workers: int
     spill: bool
     kept: int
+    again: bool
     peak: int
     phases: Mapping[str, int] = field(default_factory=dict)
     device_peak: int = 0
@@ -117,13 +120,28 @@ def is_big(manifest: Manifest) -> bool:
     return max(sizes.values(), default=0) >= BIG_BLOCK
 
 
+def in_bfloat16(manifest: Manifest, compute: str, device: str = "cpu") -> bool:
+    """Whether calibration text is run through the blocks in bfloat16, products and hidden states; statistics are summed in float32 all the same.
+
+    Weights stored in bfloat16 lose nothing by it, and what the products lose is the noise that the model was trained with and is run with.
+
+    Args:
+        compute: as the recipe has it.
+    """
+    if compute != "auto":
+        return compute == "bfloat16"
+    stored = {info.dtype for name, info in manifest.items() if layer_index(name) is not None and len(info.shape) > 1}
+    native = device != "cpu" or multiplies_bfloat16()
+    return is_big(manifest) or (native and stored == {"BF16"})
+
+
 def options_of(job: Job, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """All options of a job's solver, those of the recipe over the defaults."""
     known = SOLVERS[job.solver].options
     return {**known, **{name: value for name, value in recipe["options"].items() if name in known}}
 
 
-def shapes_of(plan: Plan, manifest: Manifest) -> Shapes:
+def shapes_of(plan: Plan, manifest: Manifest, device: str = "cpu") -> Shapes:
     """The shapes of a plan that needs calibration."""
     by_layer: dict[int, list[Job]] = {}
     outside = 0
@@ -138,7 +156,7 @@ def shapes_of(plan: Plan, manifest: Manifest) -> Shapes:
     options = [options_of(job, plan.recipe) for out in plan.outputs for job in out.quantised if job.needs]
     drifts = any("cross_gram" in job.needs for out in plan.outputs for job in out.quantised)
     return Shapes(
-        itemsize=2 if is_big(manifest) else 4,
+        itemsize=2 if in_bfloat16(manifest, plan.recipe["compute"], device) else 4,
         trunk=outside,
         vocab=vocab,
         hidden=hidden,
@@ -169,11 +187,11 @@ def calibrated_budget(
     Raises:
         ResourceError: FB-E0510 when it does not fit --ram, FB-E0512 when it does not fit --vram, naming the phase.
     """
-    shapes = shapes_of(plan, manifest)
+    shapes = shapes_of(plan, manifest, "cpu" if vram is None else "cuda")
     solved = {name for out in plan.outputs for job in out.quantised if job.needs for name in job.reads}
-    for keep, spill in ((True, False), (False, False), (False, True)):
+    for keep, again, spill in ((True, False, False), (True, True, False), (False, True, False), (False, True, True)):
         for count in range(workers, 0, -1):
-            found = _budget(shapes, plan, solved, count, keep, spill, vram is not None)
+            found = _budget(shapes, plan, solved, count, keep, again, spill, vram is not None)
             if MARGIN * found.peak <= ram and found.device_peak <= (vram or 0):
                 return found
     if vram is not None and found.device_peak > vram:
@@ -191,25 +209,40 @@ def _too_much(code: str, what: str, flag: str, phases: Mapping[str, int], limit:
 
 
 def _budget(
-    shapes: Shapes, plan: Plan, solved: set[str], workers: int, keep: bool, spill: bool, device: bool = False
+    shapes: Shapes,
+    plan: Plan,
+    solved: set[str],
+    workers: int,
+    keep: bool,
+    again: bool,
+    spill: bool,
+    device: bool = False,
 ) -> CalibratedBudget:
     kept = 0
     if keep:
-        # the widest inputs that are not made again, and the outputs that join the residual stream (in their place if as wide), of both streams
+        # the widest inputs that are not made again (where those are kept, the outputs lie beside them), and the outputs that join the residual stream (in
+        # their place if as wide), of both streams
         widths = [job.shape[-1] for jobs in shapes.blocks for job in jobs if len(job.shape) > 1]
-        widest = max((width for width in widths if width < WIDE * shapes.hidden), default=0)
+        widest = max((width for width in widths if not again or width < WIDE * shapes.hidden), default=0)
         width = shapes.hidden + (widest if widest != shapes.hidden else 0)
         kept = (shapes.samples + shapes.drift) * shapes.length * width * shapes.itemsize
     phases = _phases(shapes, plan, solved, workers, kept, spill)
     base = BASE_BYTES + MODEL_BYTES
     if not device:
         sums = {name: base + host + computing for name, (host, computing) in phases.items()}
-        return CalibratedBudget(workers, spill, kept, max(sums.values()), sums)
+        return CalibratedBudget(workers, spill, kept, again, max(sums.values()), sums)
     largest = max((job.numel for out in plan.outputs for job in out.jobs), default=0)
     hosts = {name: base + host + workers * largest * STAGING_BYTES for name, (host, _) in phases.items()}
     devices = {name: CONTEXT_BYTES + computing for name, (_, computing) in phases.items()}
     return CalibratedBudget(
-        workers, spill, kept, max(hosts.values()), hosts, device_peak=max(devices.values()), device_phases=devices
+        workers,
+        spill,
+        kept,
+        again,
+        max(hosts.values()),
+        hosts,
+        device_peak=max(devices.values()),
+        device_phases=devices,
     )
 
 

@@ -61,6 +61,10 @@ class Recipe(BaseModel):
     )
     calib_samples: int = Field(default=128, ge=1, description="calibration sequences")
     calib_length: int = Field(default=512, ge=8, description="tokens per calibration sequence")
+    compute: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="what calibration text is run through the model in; auto: bfloat16 for large blocks, and for weights stored so where the machine multiplies it",
+    )
     activation_range: Literal["absmax", "percentile", "mse"] = Field(
         default="absmax",
         description="how far static activation scales reach: the largest input, a percentile, or least squared error",

@@ -26,15 +26,16 @@ import torch
 
 from fewbit.base.resident import freed_memory_stays, straight_from_the_system, trim
 from fewbit.math.stats import Stats
-from fewbit.plan.calibrated import calibrated_budget
+from fewbit.plan.calibrated import calibrated_budget, is_big
 from fewbit.run.acts import ActStore
 from fewbit.run.answers import MIN_EXPERT_TOKENS, Answers, Found
 from fewbit.run.collect import collect
 from fewbit.run.fisher import OUTPUT, TOKENS, fisher_pass, load_grams, token_weights
 from fewbit.run.hf import Params, Slot
+from fewbit.run.keeping import Kept, kept_bytes, survey
 from fewbit.run.lanes import in_lanes
 from fewbit.run.observe import Observer, StopForward, Use
-from fewbit.run.passes import Kept, Stream, kept_bytes, survey
+from fewbit.run.passes import Stream
 from fewbit.run.stages import Block, ByExpert, Stage, find_stages, top_up
 from fewbit.run.start import batch_size, block_model, fill, lanes_for, text_for
 from fewbit.run.together import Together, ideal_block, wants
@@ -49,7 +50,7 @@ class Calibrated:
 
     def __init__(self, groups: list[Group], run: _Run) -> None:
         self.run = run
-        self.model = block_model(run.source, run.settings.device)
+        self.model = block_model(run.source, run.settings.device, run.plan.recipe["compute"])
         self.answers = Answers(groups, run, self.model.device)
         self.needs = frozenset(run.plan.needs)
         text = text_for(run.source, run.plan.recipe, run.sinks[0])
@@ -69,9 +70,10 @@ class Calibrated:
     def __iter__(self) -> Iterator[tuple[Group, Solved]]:
         with contextlib.ExitStack() as stack, torch.no_grad():
             # what lanes free waits in the heap for their next batch, but where memory is short
-            scarce = self.room.spill or self.model.dtype.itemsize == 2
+            scarce = self.room.spill or is_big(self.run.source.manifest)
             stack.enter_context(straight_from_the_system() if scarce else freed_memory_stays())
             arguments, quantised, floats = self._enter(stack)
+            self._find_structures(arguments, quantised.get(0)[:1])
             for index in range(self._resume(quantised, floats), len(self.model)):
                 block = Block(self.model, index, arguments[index], self.batch, self.lanes)
                 self.model.prepare(index, self.lanes)
@@ -161,7 +163,7 @@ class Calibrated:
         solved: dict[str, tuple[Slot, Found]] = {}
         corrections: dict[str, torch.Tensor] = {}
         together = any(wants(self.answers.by_tensor[s.name]) for held in slots.values() for s in held)
-        stages, kept = self._structure(block, params, slots, quantised.get(0)[:1])
+        stages, kept = self.structures[self._kind(block.index, slots)]
         first, second = self._streams(block, stages, kept, params, originals, quantised, floats)
         for number, stage in enumerate(stages):
             stats = collect(first, second, number, self.needs, self.run.stop.check, weights)
@@ -187,18 +189,26 @@ class Calibrated:
         else:
             first.finish(self.run.stop.check)
 
-    def _structure(
-        self, block: Block, params: Params, slots: dict[str, list[Slot]], hidden: torch.Tensor
-    ) -> tuple[list[Stage], list[Kept] | None]:
-        """The stages of a block and what to keep of each; looked for once for all blocks of a kind."""
-        key = (self.model.kind(block.index), tuple(slots))
-        if key not in self.structures:
+    def _kind(self, index: int, slots: dict[str, list[Slot]]) -> tuple[str, tuple[str, ...]]:
+        return self.model.kind(index), tuple(slots)
+
+    def _find_structures(self, arguments: list[dict[str, Any]], hidden: torch.Tensor) -> None:
+        """The stages of blocks and what to keep of each, looked for once for all blocks of a kind.
+
+        Always in the first of a kind and on what enters block 0, also by a run that goes on: what is measured there (`Kept.adds`) must be the same number.
+        """
+        for index in range(len(self.model)):
+            slots = self._slots(index)
+            key = self._kind(index, slots)
+            if key in self.structures:
+                continue
+            params = self.model.load_block(index, self.run.source.read)
+            block = Block(self.model, index, arguments[index], self.batch, self.lanes)
             stages = find_stages(block, params, slots, hidden)
-            kept = survey(block, params, stages, hidden) if stages else None
+            kept = survey(block, params, stages, hidden, self.room.again) if stages else None
             if kept is not None and not _whole(slots[stages[-1].params[0]]):
                 kept[-1] = replace(kept[-1], adds=0.0)
             self.structures[key] = stages, kept
-        return self.structures[key]
 
     def _improve(
         self,

@@ -27,7 +27,7 @@ from fewbit.run.start import block_model, float_states, text_for
 if TYPE_CHECKING:
     from fewbit.run.engine import _Run
 
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache")
 WHICH = ("k", "v")
 
 
@@ -109,7 +109,7 @@ def _walk(source: KvSource, run: _Run) -> Any:
     todo = sorted({index for index in source.attentions.values() if f"kv.{index}" not in sink.notes})
     if not todo:
         return
-    model = block_model(source.inner, run.settings.device)
+    model = block_model(source.inner, run.settings.device, exact=True)
     tokens = text_for(source.inner, run.plan.recipe, sink).tokens
     with torch.no_grad(), float_states(model, source.inner.read, tokens, run, "kv") as (store, kwargs):
         for index in range(todo[-1] + 1):

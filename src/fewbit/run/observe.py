@@ -6,6 +6,7 @@ an expert of a stack) is reported with its input. No hooks on module classes: nn
 
 from __future__ import annotations
 
+import inspect
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from fewbit.base.cpu import multiplies_bfloat16
+from fewbit.math.attention import causal_attention, suits
 
 _LINEAR = {torch.nn.functional.linear}
 _MATMUL = {
@@ -24,8 +28,10 @@ _MATMUL = {
     torch.bmm,
     torch.Tensor.bmm,
 }
+_ATTENTION = torch.nn.functional.scaled_dot_product_attention
+_ATTENDED = inspect.signature(lambda query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False: None)  # fmt: skip
 _ADDMM = {torch.addmm, torch.Tensor.addmm}
-SLOW_BF16 = platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported()
+SLOW_BF16 = platform.machine() in ("x86_64", "AMD64") and not multiplies_bfloat16()
 
 
 def _multiply(func: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -36,6 +42,16 @@ def _multiply(func: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         kwargs = {name: part.float() if isinstance(part, torch.Tensor) else part for name, part in kwargs.items()}
         return func(*args, **kwargs).to(torch.bfloat16)
     return func(*args, **kwargs)
+
+
+def _attend(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Attention; what is causal and plain by our own way where that is quicker. With gradients torch's keeps less."""
+    found = _ATTENDED.bind(*args, **kwargs).arguments
+    plain = found.get("attn_mask") is None and not found.get("dropout_p") and found["query"].dim() == 4
+    alike = found["query"].shape[-2] == found["key"].shape[-2] and not torch.is_grad_enabled()
+    if not (plain and alike and found.get("is_causal") and suits(found["query"])):
+        return _ATTENTION(*args, **kwargs)
+    return causal_attention(found["query"], found["key"], found["value"], found.get("scale"))
 
 
 @dataclass(frozen=True)
@@ -80,7 +96,7 @@ class Observer(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         position, use = self.use_of(func, args)
         if use is None:
-            return func(*args, **(kwargs or {}))
+            return _attend(args, kwargs or {}) if func is _ATTENTION else func(*args, **(kwargs or {}))
         replaced = self._on_use(use) if self._on_use else None
         if replaced is not None:
             args = (*args[:position], replaced, *args[position + 1 :])

@@ -43,7 +43,7 @@ class Walk:
         self.seed, self.offset = recipe["seed"], source.offset
         self.needs = needs_of(source.scaled)
         self.options: dict[str, dict[str, Any]] = {name: options_of(name, recipe["options"]) for name in source.scaled}
-        self.model = block_model(source, run.settings.device)
+        self.model = block_model(source, run.settings.device, exact=True)
         self.tokens = text_for(source, recipe, run.sinks[0]).tokens
         self.batch = batch_size(self.tokens)
         self.rounded = _jobs_by_tensor(run)

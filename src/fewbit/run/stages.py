@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +48,18 @@ class Block:
     recorded: int
     lanes: int = 1
 
-    def run(self, params: Params, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [batch, length, width] after the block with the given parameters."""
+    def run(
+        self, params: Params, hidden: torch.Tensor, within: AbstractContextManager[Any] | None = None
+    ) -> torch.Tensor:
+        """Hidden states [batch, length, width] after the block with the given parameters.
+
+        Args:
+            within: an observer, say, that sees the block's own calls and none that prepare them.
+        """
         arguments = self.model.arguments(self.kwargs, self.recorded, hidden.shape[0])
-        return self.model.run_block(self.index, params, hidden.to(self.model.device), arguments)
+        hidden = hidden.to(self.model.device)
+        with within or nullcontext():
+            return self.model.run_block(self.index, params, hidden, arguments)
 
 
 def find_stages(block: Block, params: Params, names: Iterable[str], hidden: torch.Tensor) -> list[Stage]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fewbit.base.errors import InputError
-from fewbit.plan.calibrated import BATCH_TOKENS, SPILL_SHARE, is_big
+from fewbit.plan.calibrated import BATCH_TOKENS, SPILL_SHARE, in_bfloat16, is_big
 from fewbit.run.acts import ActStore
 from fewbit.run.calib import Calibration, calibration
 from fewbit.run.hf import BlockModel, Params, Read
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from fewbit.run.sinks import Sink
 
 
-def block_model(source: Source, device: str) -> BlockModel:
-    """The model of a source, in bfloat16 where it is big."""
-    dtype = torch.bfloat16 if is_big(source.manifest) else torch.float32
+def block_model(source: Source, device: str, compute: str = "auto", exact: bool = False) -> BlockModel:
+    """The model of a source in the dtype of the recipe's `compute`; with `exact` in float32 unless it is big."""
+    half = is_big(source.manifest) if exact else in_bfloat16(source.manifest, compute, device)
+    dtype = torch.bfloat16 if half else torch.float32
     return BlockModel(source.config, source.manifest, dtype=dtype, device=device)
 
 

@@ -31,6 +31,19 @@ def test_merged_parts_equal_the_whole() -> None:
     assert torch.allclose(Stats(whole.count, gram=whole.gram).importance, whole.importance, rtol=1e-5)
 
 
+def test_grams_of_bfloat16_are_summed_in_float32() -> None:
+    """Their products are rounded piece by piece, and the errors of the pieces average out."""
+    x = torch.randn(16_384, 64, generator=torch.Generator().manual_seed(0)).add(1).bfloat16()
+    exact = x.double().T @ x.double()
+    found = Stats().take(x, needs=frozenset({"gram"})).take(x, needs=frozenset({"gram"})).gram
+    assert found.dtype == torch.float32
+    error = ((found / 2 - exact) / exact).abs()
+    assert error.max() < 2**-9 and error.mean() < 2**-11
+    weights = torch.full((len(x), 1), 0.5)
+    weighed = Stats().take(x, needs=frozenset({"gram"}), root=weights).gram
+    torch.testing.assert_close(weighed * 4, found / 2, rtol=2**-9, atol=0)
+
+
 @pytest.mark.parametrize("channels", [1, 100, 128, 300, 1000])
 def test_half_of_a_gram_is_computed_and_both_are_right(channels: int) -> None:
     generator = torch.Generator().manual_seed(0)

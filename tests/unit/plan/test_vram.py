@@ -15,7 +15,8 @@ from fewbit.run.limits import device_memory
 from fewbit.run.settings import chosen_device, device_bytes, require_device, settings
 
 SAMPLE = Path(__file__).parents[3] / "samples" / "sample"
-WORDS = {"to": "compressed-tensors:int4-g128-asym", "method": "gptq", "calib_samples": 64, "calib_length": 256}
+WORDS = {"to": "compressed-tensors:int4-g128-asym", "method": "gptq", "calib_samples": 64, "calib_length": 256,
+         "compute": "float32"}  # fmt: skip
 LOTS = 64 << 30
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fewbit.run.acts import ActStore
 from fewbit.run.collect import collect
 from fewbit.run.drift import DAMPINGS
 from fewbit.run.hf import BlockModel
+from fewbit.run.keeping import kept_bytes, survey
+from fewbit.run.needless import Recorder, needless
 from fewbit.run.observe import Observer
-from fewbit.run.passes import Stream, kept_bytes, survey
+from fewbit.run.passes import Stream
 from fewbit.run.source import open_source
 from fewbit.run.stages import Block, find_stages
 
@@ -22,6 +25,7 @@ SMALL = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidd
          "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
 MODELS = {
     "llama": SMALL,
+    "qwen3": {**SMALL, "intermediate_size": 96, "head_dim": 8},  # wide: what gate and up make may be made again
     "gemma2": {**SMALL, "head_dim": 8, "sliding_window": 8},
     "olmo2": SMALL,
     "phi": {**SMALL, "num_key_value_heads": 4},
@@ -31,7 +35,7 @@ MODELS = {
     "mixtral": {**SMALL, "num_local_experts": 3, "num_experts_per_tok": 2},
 }
 # others put a norm behind their last product
-ADDS = {"llama": 1.0, "phi": 1.0, "gpt2": 1.0, "gpt_neox": 1.0, "granite": 0.25}
+ADDS = {"llama": 1.0, "qwen3": 1.0, "phi": 1.0, "gpt2": 1.0, "gpt_neox": 1.0, "granite": 0.25}
 NEEDS = frozenset({"gram", "cross_gram", "absmax"})
 
 
@@ -87,10 +91,14 @@ def test_remembering_changes_nothing(model_type: str, tmp_path: Path) -> None:
             made_up = walk(block, params, floats, hidden, stages, kept)
             assert all(torch.equal(a, b) for a, b in zip(plain[1], made_up[1], strict=True))
             kept = [replace(one, adds=0.0) for one in kept]
-        for files in (None, tmp_path / "kept"):
-            found = walk(block, params, floats, hidden, stages, kept, files)
-            for a, b in zip(plain, found, strict=True):
-                assert len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        whole = survey(block, params, stages, hidden[:1], again=False)
+        assert model_type not in ("qwen3", "gpt2") or any(k.again for k in kept)
+        assert whole is None or not any(k.again for k in whole)
+        for held in (kept, whole and [replace(one, adds=0.0) for one in whole]):
+            for files in (None, tmp_path / "kept"):
+                found = walk(block, params, floats, hidden, stages, held, files)
+                for a, b in zip(plain, found, strict=True):
+                    assert len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
         assert not list(tmp_path.glob("*.live"))
 
 
@@ -136,3 +144,50 @@ def test_attention_and_projections_are_not_repeated(tmp_path: Path) -> None:
     assert [stage.params[0].split(".")[1] for stage in stages] == ["q_proj", "o_proj", "gate_proj", "down_proj"]
     assert [(k.outputs, k.inputs) for k in kept] == [(False, False), (True, True), (False, False), (True, True)]
     assert kept_bytes(kept, 10, 4) == 10 * 4 * (48 + 32)
+
+
+def test_norms_that_nobody_reads_are_not_computed(tmp_path: Path) -> None:
+    """Five passes of one batch: either norm is wanted for its own stage's inputs and once more for the products of that stage."""
+    block, params, hidden, matrices = block_of("llama", tmp_path)
+    counts = []
+
+    class Count(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            counts[-1] += func is torch.rsqrt
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        stages = find_stages(block, params, matrices, hidden[:1])
+        kept = survey(block, params, stages, hidden[:1])
+        for less in (kept, [replace(one, needless={}) for one in kept]):
+            store = ActStore((2, 16, 32), torch.float32, 2)
+            store.put(0, hidden[:2])
+            stream = Stream(block, params, store, stages, less)
+            for number in range(len(stages)):
+                counts.append(0)
+                with Count():
+                    stream.inputs(number, 0)
+            counts.append(0)
+            with Count():
+                stream.finish()
+    assert counts[:5] == [1, 1, 1, 1, 0] and sum(counts[5:]) > 4
+
+
+def test_calls_that_nothing_depends_on() -> None:
+    weight = torch.randn(4, 4)
+
+    def block(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        normed = torch.rsqrt(x)  # 0: read by the product only
+        product = torch.nn.functional.linear(normed, weight)  # 1
+        other = torch.exp(x)  # 2
+        other.add_(product)  # 3: changes what 2 made
+        unread = torch.sin(other)  # 4
+        return other, unread
+
+    recorder, x = Recorder({"w": weight}, None), torch.rand(3, 4)
+    with recorder:
+        other, unread = block(x)
+    address = other.untyped_storage().data_ptr()
+    assert needless(recorder.calls, [address], set()) == {4}
+    assert needless(recorder.calls, [address], {"w"}) == {0, 4}
+    assert needless(recorder.calls, [unread.untyped_storage().data_ptr()], set()) == frozenset()
