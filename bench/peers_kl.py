@@ -4,7 +4,8 @@
 
 Peers run in environments of their own (dev/envs.py), llm-compressor in float32 unless `--dtype` says otherwise (a machine without BF16
 instructions takes many times as long in BF16); with `--keep`, what they made is kept in the folder and not made again. Scheme: int<bits>, groups of 128, asymmetric, all linears of all blocks. JSON on stdout.
-`--ours METHOD[:SEARCH][,option=value…][+RECIPE[,flag=value…]]`: `gptq+scales,steps=48,batch=4` trains step sizes and norms after GPTQ, `gptq,ram=0.85GB` keeps to a limit.
+`--ours METHOD[:SEARCH][,option=value…][+RECIPE[,flag=value…]]`: `gptq+scales,steps=48,batch=4` trains step sizes and norms after GPTQ, `gptq,ram=0.85GB` keeps to a limit, `gptq,compute=float32`
+runs the text in another dtype than the default.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def ours(spec: str, bits: int, out: Path) -> dict[str, Any]:
     method, _, search = head.partition(":")
     flags = []
     for option in ([f"search={search}"] if search else []) + options:
-        flags += ["--ram", option[4:]] if option.startswith("ram=") else ["--set", option]
+        name, _, value = option.partition("=")
+        flags += [f"--{name}", value] if name in ("ram", "compute") else ["--set", option]
     target = ["--to", f"compressed-tensors:int{bits}-g128-asym"]
     made = out.with_name(f"{out.name}-start") if second else out
     shutil.rmtree(made, ignore_errors=True)

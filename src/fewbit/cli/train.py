@@ -28,6 +28,12 @@ def command(
         float | None, typer.Option(help="peak learning rate of step sizes, shifts and norms, in steps too")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="of text and order")] = 0,
+    compute: Annotated[
+        str, typer.Option(help="dtype of the products: float32, or bfloat16 where the processor multiplies it")
+    ] = "float32",
+    noise: Annotated[
+        float, typer.Option(min=0, max=0.99, help="share of the tokens replaced by random ones in every second window")
+    ] = 0.0,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output")] = False,
     json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout, progress on stderr")] = False,
@@ -50,7 +56,7 @@ def command(
         out,
         start=start,
         recipe=recipe,
-        schedule=Schedule(steps=steps, batch=batch, every=max(1, steps // 8), seed=seed),
+        schedule=Schedule(steps=steps, batch=batch, every=max(1, steps // 8), seed=seed, compute=compute, noise=noise),
         text=text,
         samples=samples,
         length=length,

@@ -14,6 +14,7 @@ import torch
 from fewbit.eval.measures import Estimate, clustered
 from fewbit.eval.stream import ActivationQuantiser, Runner
 from fewbit.num.scheme import Scheme
+from fewbit.runtime.generate import cache_word
 
 NGRAM = 4
 
@@ -32,8 +33,9 @@ class Resident:
 
     def forward(self, tokens: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
         """Logits of the last position [batch, vocab] and the cache, for new tokens [batch, length] after a cache."""
-        out = self._call(tokens, use_cache=True, past_key_values=cache)
-        return out.logits[:, -1].float(), out.past_key_values
+        word = cache_word(self.runner.model.module)
+        out = self._call(tokens, use_cache=True, **{word: cache})
+        return out.logits[:, -1].float(), getattr(out, word)
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """All logits, float32 [batch, length, vocab]."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from fewbit.base.cpu import multiplies_bfloat16
 from fewbit.base.errors import InputError
 from fewbit.math.linalg import add_gram
 from fewbit.math.ranges import magnitudes
@@ -122,7 +123,8 @@ class Stats:
         large = needs & {"gram", "cross_gram"}
         found = replace(self, gram=None, cross_gram=None).add(x, x_float, needs=needs - large)
         flat = x.reshape(-1, x.shape[-1])
-        flat = flat if large == {"gram"} and flat.dtype == torch.bfloat16 else flat.float()
+        half = flat.dtype == torch.bfloat16 and (flat.device.type != "cpu" or multiplies_bfloat16())
+        flat = flat if half and large == {"gram"} else flat.float()
         flat = flat if root is None else flat * root.to(flat.dtype)
         grams: dict[str, torch.Tensor] = {}
         if "gram" in large:

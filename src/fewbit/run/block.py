@@ -52,6 +52,8 @@ class Calibrated:
         self.run = run
         self.model = block_model(run.source, run.settings.device, run.plan.recipe["compute"])
         self.answers = Answers(groups, run, self.model.device)
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        run.settings.on_event({"event": "note", "text": f"calibration text is run through the model in {dtype}"})
         self.needs = frozenset(run.plan.needs)
         text = text_for(run.source, run.plan.recipe, run.sinks[0])
         for warning in text.warnings:

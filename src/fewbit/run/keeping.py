@@ -39,7 +39,7 @@ class Kept:
         width: channels of its inputs; widths: of its products, by parameter.
         again: whether its inputs are made again in the next pass from the products of the stage before, instead of being kept.
         adds: how much of its one product comes out of the block, output = rest + adds * product; 0 where that is not so, or not the last stage.
-        needless: numbers of the calls that a pass for this stage can do without: one that stops at its inputs, one that goes on to the end of the block
+        needless: the calls (number -> function) that a pass for this stage can do without: one that stops at its inputs, one that goes on to the end of the block
             and, of the last stage, one that finishes the block.
     """
 
@@ -49,7 +49,7 @@ class Kept:
     widths: dict[str, int]
     again: bool = False
     adds: float = 0.0
-    needless: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    needless: Mapping[str, Mapping[int, Any]] = field(default_factory=dict)
 
     @property
     def in_place(self) -> bool:
@@ -120,7 +120,7 @@ class _Trial:
     true: torch.Tensor
     calls: list[Call]
 
-    def needless(self, k: int) -> dict[str, frozenset[int]]:
+    def needless(self, k: int) -> dict[str, dict[int, Any]]:
         """What passes for stage k can do without, as `Kept` has it: what was found to be so and did no harm."""
         first, last = self.stages[k].params[0], k + 1 == len(self.stages)
         seen, out = (x.untyped_storage().data_ptr() for x in (self.inputs[first], self.true))
@@ -129,11 +129,11 @@ class _Trial:
         found = {}
         for name, (stage, wanted) in passes.items():
             known, fed = _answered(self.stages, self.kept, stage)
-            numbers = needless(self.calls, wanted, known | fed)
-            found[name] = numbers if self._harmless(stage, name, known, fed, numbers) else frozenset()
+            unread = needless(self.calls, wanted, known | fed)
+            found[name] = unread if self._harmless(stage, name, known, fed, unread) else {}
         return found
 
-    def _harmless(self, stage: int, name: str, known: set[str], fed: set[str], numbers: frozenset[int]) -> bool:
+    def _harmless(self, stage: int, name: str, known: set[str], fed: set[str], unread: dict[int, Any]) -> bool:
         outputs = {
             param: kept.outputs for one, kept in zip(self.stages, self.kept, strict=True) for param in one.params
         }
@@ -154,7 +154,7 @@ class _Trial:
         out = self.true
         try:
             with contextlib.suppress(StopForward):
-                out = self.run(self.hidden, Skipping(self.tracked, take, None, answer, numbers))
+                out = self.run(self.hidden, Skipping(self.tracked, take, None, answer, unread))
         except (RuntimeError, ValueError, IndexError):
             return False
         wanted = [] if stage == len(self.stages) else [self.inputs[self.stages[stage].params[0]]]

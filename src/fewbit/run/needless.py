@@ -2,8 +2,8 @@
 
 A pass for a late stage still norms what the first products would read, though they are answered without a look at it: half of the norms of a
 run. `Recorder` writes down every call of one pass with the storages that it reads and writes; going backwards from what is wanted, `needless` finds the
-calls that nothing wanted depends on. They are told apart by their number, for a block makes the same calls for every batch; that it does and that none was needed
-after all is not taken on trust: `keeping.survey` tries each pass without them.
+calls that nothing wanted depends on. They are told apart by their number, for a block makes the same calls for every batch; a call of another function under that
+number is computed. That none was needed after all is not taken on trust: `keeping.survey` tries each pass without them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ class Call:
     """One call of a torch function.
 
     Attributes:
+        func: the function.
         reads, writes: addresses of the storages of its arguments, and of what it gives or changes.
         param: the tracked weight that it multiplies by, if it is such a product.
     """
 
+    func: Any
     reads: frozenset[int]
     writes: frozenset[int]
     param: str | None
@@ -48,18 +50,18 @@ class Recorder(Observer):
         made = list(tensors_in(result))
         self._alive += given + made
         changed = given[:1] if _changes(func) else [*tensors_in((kwargs or {}).get("out"))]
-        self.calls.append(Call(_addresses(given), _addresses(made + changed), None if use is None else use.param))
+        self.calls.append(Call(func, _addresses(given), _addresses(made + changed), None if use is None else use.param))
         return result
 
 
-def needless(calls: list[Call], wanted: Iterable[int], answered: Collection[str]) -> frozenset[int]:
-    """Numbers of the calls that none of the wanted storages depends on.
+def needless(calls: list[Call], wanted: Iterable[int], answered: Collection[str]) -> dict[int, Any]:
+    """The calls that none of the wanted storages depends on: number -> function.
 
     Args:
         wanted: addresses of storages.
         answered: weights whose products are not computed, or not from the inputs that they are called with, which need not be true then.
     """
-    live, unread = set(wanted), set()
+    live, unread = set(wanted), {}
     for number in range(len(calls) - 1, -1, -1):
         call = calls[number]
         if call.param in answered:
@@ -67,8 +69,8 @@ def needless(calls: list[Call], wanted: Iterable[int], answered: Collection[str]
         if call.writes & live:
             live |= call.reads
         elif call.writes:
-            unread.add(number)
-    return frozenset(unread)
+            unread[number] = call.func
+    return unread
 
 
 def _changes(func: Any) -> bool:

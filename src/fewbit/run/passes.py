@@ -157,7 +157,7 @@ class Stream:
                 self._keep(k, use.param, batch, product)
 
         last = stage == len(kept)
-        less = kept[-1 if last else stage].needless.get("finish" if last else "stop" if stop else "on", frozenset())
+        less = kept[-1 if last else stage].needless.get("finish" if last else "stop" if stop else "on", {})
         return self.block.run(self.params, self.hidden.get(batch), Skipping(tracked, on_use, keep, answer, less))
 
     def _fed(self, stage: int, batch: int, use: Use) -> torch.Tensor | None:

@@ -6,7 +6,7 @@ not computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_map
 from fewbit.run.hf import Params
 from fewbit.run.needless import tensors_in
 from fewbit.run.observe import Observer, Use
+
+NONE: Mapping[int, Any] = {}
 
 
 def nothing(
@@ -31,7 +33,7 @@ class Skipping(Observer):
 
     Args:
         answer: a product's answer, or None to compute it.
-        needless: numbers of calls that are answered with NaN; see `run.needless`.
+        needless: calls that are answered with NaN, number -> function; see `run.needless`.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class Skipping(Observer):
         on_use: Callable[[Use], torch.Tensor | None] | None,
         on_output: Callable[[Use, torch.Tensor], None] | None,
         answer: Callable[[Use], torch.Tensor | None],
-        needless: frozenset[int] = frozenset(),
+        needless: Mapping[int, Any] = NONE,
     ) -> None:
         super().__init__(tracked, on_use, on_output)
         self._answer = answer
@@ -56,7 +58,8 @@ class Skipping(Observer):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         self._number += 1
-        if self.use_of(func, args)[1] is None and (self._number in self._needless or self._touched(args, kwargs)):
+        unread = self._number in self._needless and self._needless[self._number] == func
+        if self.use_of(func, args)[1] is None and (unread or self._touched(args, kwargs)):
             like = _like(func, args, kwargs)
             near = next(tensors_in((args, kwargs)), None)
             if like is not None and near is not None:

@@ -151,7 +151,7 @@ def _facts(path: str | Path, to: str, settings: dict[str, Any], curve: list[Poin
 
 def _command(path: str | Path, to: str, settings: dict[str, Any]) -> str:
     """The command line that trains so again."""
-    flags = {key: settings[key] for key in ("start", "recipe", "steps", "batch", "seed")}
+    flags = {key: settings[key] for key in ("start", "recipe", "steps", "batch", "seed", "compute", "noise")}
     flags |= {"lr": settings["rates"][0], "scale-lr": settings["rates"][1]}
     flags |= {key: settings[key] for key in ("text", "samples", "length")}
     words = [f"--{key} {shlex.quote(str(value))}" for key, value in flags.items() if value is not None]

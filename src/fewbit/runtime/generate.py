@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator
 
 import torch
@@ -40,10 +41,10 @@ def generate(
             f"cannot generate from {len(prompt)} tokens at temperature {temperature}, top-p {top_p}, {count} tokens",
         )
     generator = torch.Generator().manual_seed(seed)
-    cache, ids = DynamicCache(), torch.tensor([prompt])
+    cache, word, ids = DynamicCache(), cache_word(model), torch.tensor([prompt])
     for _ in range(count):
         with torch.no_grad():
-            logits = model(ids, past_key_values=cache, use_cache=True).logits[0, -1].float()
+            logits = model(ids, use_cache=True, **{word: cache}).logits[0, -1].float()
         if not bool(torch.isfinite(logits).all()):
             raise InputError("FB-E0806", "the model's logits are not finite")
         token = pick(logits, temperature, top_p, generator)
@@ -51,6 +52,11 @@ def generate(
             return
         yield token
         ids = torch.tensor([[token]])
+
+
+def cache_word(model: nn.Module) -> str:
+    """What a transformers model calls the argument and output that hold its cache: `cache` since 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def pick(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

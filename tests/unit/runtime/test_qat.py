@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fewbit.base.errors import FewbitError, InputError
@@ -16,7 +18,7 @@ from fewbit.nn import QuantLinear
 from fewbit.num.scheme import parse_scheme
 from fewbit.run.source import open_source
 from fewbit.run.trained import export, start_from
-from fewbit.runtime.distil import Schedule, batches, divergence, fidelity, train
+from fewbit.runtime.distil import Schedule, batches, disturbed, divergence, fidelity, train
 from fewbit.runtime.fake import FakeQuantise
 from fewbit.runtime.qat import (
     convert,
@@ -207,7 +209,8 @@ def test_bad_input_is_refused() -> None:
         freeze(static)
 
 
-def test_training_follows_a_teacher() -> None:
+@pytest.mark.parametrize("words", [{}, {"compute": "bfloat16"}, {"noise": 0.3}])
+def test_training_follows_a_teacher(words: dict[str, Any]) -> None:
     teacher, student, tokens = make(), make(), ids(8)
     prepare(student, "int2-g32")
     watch = lambda model: fidelity(model, teacher, [tokens])  # noqa: E731
@@ -215,7 +218,7 @@ def test_training_follows_a_teacher() -> None:
     curve = train(
         student,
         tokens,
-        Schedule(steps=30, batch=4, every=15),
+        Schedule(steps=30, batch=4, every=15, **words),
         teacher=teacher,
         groups=parameter_groups(student, 5e-2, 2e-2),
         evaluate=watch,
@@ -263,7 +266,14 @@ def test_divergence_is_the_mean_kl_and_its_gradient() -> None:
 
 def test_training_refuses_nonsense() -> None:
     model = make()
-    for bad in ({"steps": 0}, {"labels": 2.0}, {"temperature": 0.0}, {"warmup": 1.0}):
+    for bad in (
+        {"steps": 0},
+        {"labels": 2.0},
+        {"temperature": 0.0},
+        {"warmup": 1.0},
+        {"noise": 1.0},
+        {"compute": "f8"},
+    ):
         with pytest.raises(InputError, match="FB-E0916"):
             Schedule(**bad)
     with pytest.raises(InputError, match="FB-E0916"):
@@ -275,6 +285,31 @@ def test_training_refuses_nonsense() -> None:
         model.model.norm.parametrizations.weight.original.fill_(float("nan"))
     with pytest.raises(FewbitError):
         train(model, ids(8), Schedule(steps=1))
+
+
+def test_products_in_bfloat16_leave_weights_and_gradients_in_float32() -> None:
+    seen = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.extend(args[0].dtype for _ in [0] if func is torch.ops.aten.mm.default)
+            return func(*args, **(kwargs or {}))
+
+    model = make()
+    prepare(model, "int4-g32")
+    with Products():
+        train(model, ids(4), Schedule(steps=1, batch=2, compute="bfloat16"), teacher=make())
+    assert seen and set(seen) == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_noise_swaps_a_share_of_every_second_window() -> None:
+    text = torch.arange(4000).reshape(8, 500)
+    out = disturbed(text, text, 0.2, torch.Generator().manual_seed(0))
+    assert torch.equal(out[::2], text[::2]) and disturbed(text, text, 0.0, torch.Generator()) is text
+    assert 0.15 < float((out[1::2] != text[1::2]).float().mean()) < 0.25
+    again = disturbed(text, text, 0.2, torch.Generator().manual_seed(0))
+    assert torch.equal(out, again) and torch.equal(text, torch.arange(4000).reshape(8, 500))
 
 
 def test_batches_show_every_window_before_any_comes_again() -> None:
