@@ -159,7 +159,7 @@ class QuantLayer(DynamicLayer):
             super().crop(tokens_to_remove)
             return
         left = max(0, self.get_seq_length() - remove)
-        keys, values = self._rounded(self.dtype)
+        keys, values = self._rounded(self.keys.dtype)
         whole = left // self.group * self.group
         self.keys, self.values = keys[..., whole:left, :].clone(), values[..., whole:left, :].clone()
         self.old_keys.keep(whole)
