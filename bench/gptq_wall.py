@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers_kl import LENGTH, SAMPLE, SEQUENCES, command, peer
 
 from fewbit.run.calib import calibration
+from peers_kl import LENGTH, SAMPLE, SEQUENCES, command, peer
 
 PLAIN = ("drift=false", "loss_weighting=false", "sweeps=0", "trial=false", "search=minmax")
 WORK = Path("/tmp/fewbit-gptq-wall")
