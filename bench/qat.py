@@ -95,8 +95,7 @@ def run(scheme: str, args: argparse.Namespace, data: dict[str, torch.Tensor]) ->
         start = take_start(model, earlier if before else best)
         rates = tuple(args.rates or RATES[recipe])
         done = prepare(model, next(iter(start.values())).scheme, recipe=recipe, start=start, floats="bf16")
-        words = {"compute": args.compute, "noise": args.noise, "seed": 1 if before else 0}
-        schedule = Schedule(steps=steps, batch=args.batch, every=max(1, steps // 12), **words)
+        schedule = Schedule(steps, args.batch, every=max(1, steps // 12), seed=int(bool(before)), **args.words)
         say = lambda point, tag=f"{scheme} {recipe}": print(tag, point.record(), file=sys.stderr, flush=True)  # noqa: E731
         curve: list[Point] = train(
             model,
@@ -125,8 +124,7 @@ def run(scheme: str, args: argparse.Namespace, data: dict[str, torch.Tensor]) ->
             "learning": done.learning,
             "seconds": curve[-1].seconds,
             "rates": rates,
-            "compute": args.compute,
-            "noise": args.noise,
+            **args.words,
             "curve": [point.record() for point in curve],
             "before": before
             and {key: before.get(key) for key in ("steps", "tokens", "rates", "curve", "wikitext2", "heldout")},
@@ -161,6 +159,7 @@ def main() -> None:
         "--out", type=Path, default=ROOT / "bench" / "results" / "qat.json", help="rows of other schemes stay"
     )
     args = parser.parse_args()
+    args.words = {"compute": args.compute, "noise": args.noise}
     torch.set_num_threads(args.threads or torch.get_num_threads())
     args.work.mkdir(parents=True, exist_ok=True)
     data = {

@@ -24,7 +24,7 @@ class Resident:
 
     def __init__(self, runner: Runner) -> None:
         self.runner, model = runner, runner.model
-        self.params = dict(runner.trunk)
+        self.params, self._cache = dict(runner.trunk), cache_word(model.module)
         self._schemes: dict[str, Scheme] = {}
         for index in range(len(model)):
             prefix = f"{model.prefix}.{index}."
@@ -33,9 +33,8 @@ class Resident:
 
     def forward(self, tokens: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
         """Logits of the last position [batch, vocab] and the cache, for new tokens [batch, length] after a cache."""
-        word = cache_word(self.runner.model.module)
-        out = self._call(tokens, use_cache=True, **{word: cache})
-        return out.logits[:, -1].float(), getattr(out, word)
+        out = self._call(tokens, use_cache=True, **{self._cache: cache})
+        return out.logits[:, -1].float(), getattr(out, self._cache)
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """All logits, float32 [batch, length, vocab]."""

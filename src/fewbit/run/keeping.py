@@ -97,12 +97,14 @@ def survey(
     return [replace(kept, needless=trial.needless(k)) for k, kept in enumerate(found)]
 
 
+def from_memory(kept: list[Kept], k: int, stage: int) -> bool:
+    """Whether a pass for a stage takes the products of stage k from memory."""
+    return k < stage - 1 and not (k == stage - 2 and kept[stage - 1].again)
+
+
 def _answered(stages: list[Stage], kept: list[Kept], stage: int) -> tuple[set[str], set[str]]:
     """Weights of earlier stages whose products a pass for a stage takes from memory, and those that it computes from inputs in memory."""
-    known: set[str] = set()
-    for k in range(stage - 1):
-        if not (k == stage - 2 and kept[stage - 1].again):
-            known |= set(stages[k].params)
+    known = {param for k, one in enumerate(stages) if from_memory(kept, k, stage) for param in one.params}
     return known, set(stages[stage - 1].params) if stage and kept[stage - 1].inputs else set()
 
 
@@ -158,7 +160,8 @@ class _Trial:
         except (RuntimeError, ValueError, IndexError):
             return False
         wanted = [] if stage == len(self.stages) else [self.inputs[self.stages[stage].params[0]]]
-        return torch.equal(out, self.true) and all(torch.equal(a, b) for a, b in zip(seen, wanted, strict=True))
+        same = len(seen) == len(wanted) and all(torch.equal(a, b) for a, b in zip(seen, wanted, strict=True))
+        return same and torch.equal(out, self.true)
 
 
 def _added(

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from fewbit.base.cpu import multiplies_bfloat16
 from fewbit.math.attention import causal_attention, suits
 
 _LINEAR = {torch.nn.functional.linear}
@@ -31,7 +30,7 @@ _MATMUL = {
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention
 _ATTENDED = inspect.signature(lambda query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False: None)  # fmt: skip
 _ADDMM = {torch.addmm, torch.Tensor.addmm}
-SLOW_BF16 = platform.machine() in ("x86_64", "AMD64") and not multiplies_bfloat16()
+SLOW_BF16 = platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported()
 
 
 def _multiply(func: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:

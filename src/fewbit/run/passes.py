@@ -26,7 +26,7 @@ import torch
 
 from fewbit.run.acts import ActStore
 from fewbit.run.hf import Params
-from fewbit.run.keeping import Kept
+from fewbit.run.keeping import Kept, from_memory
 from fewbit.run.lanes import in_lanes
 from fewbit.run.observe import Observer, StopForward, Use
 from fewbit.run.skipping import Skipping, nothing
@@ -145,7 +145,7 @@ class Stream:
 
         def answer(use: Use) -> torch.Tensor | None:
             k, shape = self.stage_of[use.param], use.x.shape[:-1]
-            if k >= stage - 1 or (k == stage - 2 and kept[stage - 1].again):
+            if not from_memory(kept, k, stage):
                 return None
             if not kept[k].outputs:
                 return nothing(use.x, (*shape, kept[k].widths[use.param]))
