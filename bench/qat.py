@@ -142,7 +142,7 @@ def run(scheme: str, args: argparse.Namespace, data: dict[str, torch.Tensor]) ->
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--schemes", nargs="+", default=["int4-channel", "int2-g64"])
-    parser.add_argument("--recipes", nargs="+", default=["scales", "full"], help="rows of others stay")
+    parser.add_argument("--recipes", nargs="+", default=["scales", "floats", "full"], help="rows of others stay")
     parser.add_argument("--steps", type=int, default=320, help="of the full recipe; scales take a quarter")
     parser.add_argument("--batch", type=int, default=8, help="windows of 256 tokens in a step")
     parser.add_argument(

@@ -17,8 +17,10 @@ def command(
     start: Annotated[
         str | None, typer.Option(help="checkpoint quantised to the same target, whose codes training starts from")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="full, or scales: step sizes and norms only")] = "full",
-    steps: Annotated[int, typer.Option(min=1, help="updates; a quarter is enough for scales")] = 300,
+    recipe: Annotated[
+        str, typer.Option(help="full; floats: codes stay; scales: embeddings and head stay too")
+    ] = "full",
+    steps: Annotated[int, typer.Option(min=1, help="updates; a quarter is enough where codes stay")] = 300,
     batch: Annotated[int, typer.Option(min=1, help="windows in each")] = 8,
     text: Annotated[str, typer.Option(help="text to learn from, as --calib of quantize")] = "default",
     samples: Annotated[int, typer.Option(min=1, help="windows of text")] = 2400,

@@ -338,6 +338,13 @@ def bind(module: nn.Module, manifest: Manifest) -> dict[str, Slot]:
     return slots
 
 
+def copies(module: nn.Module, manifest: Manifest) -> dict[str, str]:
+    """Stored tensors that only repeat a parameter under its other name (a head beside the embedding it is tied to) -> the parameter."""
+    found = ((_stored_as(name, manifest), param) for name, param in _tied(module).items())
+    taken = bind(module, manifest)
+    return {stored: param for stored, param in found if stored is not None and stored not in taken}
+
+
 def _stored_as(name: str, manifest: Manifest) -> str | None:
     """The name under which a parameter is stored, or None."""
     return next((found for found in _spellings(name) if found in manifest), None)

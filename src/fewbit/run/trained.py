@@ -26,7 +26,7 @@ from fewbit.num.scheme import Scheme
 from fewbit.plan.jobs import Job, Output, Plan
 from fewbit.plan.recipe import Recipe, Rule, parse_size
 from fewbit.plan.resolve import resolve
-from fewbit.run.hf import Slot, bind, build_model
+from fewbit.run.hf import Slot, bind, build_model, copies
 from fewbit.run.pieces import cat_rows
 from fewbit.run.sinks import open_sink
 from fewbit.run.source import Source
@@ -88,13 +88,15 @@ def export(
     if len(schemes) != 1:
         raise InputError("FB-E0917", f"{len(weights)} weights of {len(schemes)} schemes; they must share one")
     (scheme,) = schemes
-    slots = bind(build_model(source.config), source.manifest)
+    module = build_model(source.config)
+    slots = bind(module, source.manifest)
     answers = {name: (slot, weights[slot.param]) for name, slot in slots.items() if slot.param in weights}
     placed = {slot.param for slot in slots.values()}
     lost = sorted((weights.keys() | floats.keys()) - placed)
     if lost:
         raise InputError("FB-E0917", "no stored tensor belongs to a trained parameter", tensor=lost[0])
-    trained = TrainedSource(source, {name: floats[slot.param] for name, slot in slots.items() if slot.param in floats})
+    places = {name: slot.param for name, slot in slots.items()} | copies(module, source.manifest)
+    trained = TrainedSource(source, {name: floats[param] for name, param in places.items() if param in floats})
     plan = plan_export(trained, scheme, to, set(answers))
     (output,) = plan.outputs
     sink = open_sink(output, trained, Path(out), overwrite, parse_size(plan.recipe["max_shard_size"]))
@@ -205,13 +207,12 @@ def start_from(source: Source) -> dict[str, QTensor]:
 
 
 def floats_from(source: Source) -> dict[str, torch.Tensor]:
-    """Norms and biases of a quantised checkpoint by parameter name, float32: where `start_from` was trained before, its codes belong to them."""
+    """What a quantised checkpoint keeps in floating point, by parameter name, float32: where it was trained before, its codes belong to that."""
     slots = bind(build_model(source.config), source.manifest)
-    plain = {n: s for n, s in slots.items() if n not in source.stored and len(source.manifest[n].shape) == 1}
     return {
         slot.param: source.read(name).float()
-        for name, slot in plain.items()
-        if slot.expert is None and slot.rows is None
+        for name, slot in slots.items()
+        if name not in source.stored and slot.expert is None and slot.rows is None
     }
 
 

@@ -24,7 +24,7 @@ from fewbit.formats.gguf.vocabulary import FILES as VOCABULARY_FILES
 from fewbit.formats.kinds import LEAF_GRID
 from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import Scheme, leaf
-from fewbit.plan.recipe import Recipe
+from fewbit.plan.recipe import Recipe as Wanted
 from fewbit.plan.resolve import resolve
 from fewbit.run.calib import calibration
 from fewbit.run.hf import bind, build_model
@@ -35,6 +35,7 @@ from fewbit.runtime.linear import weight_of
 from fewbit.runtime.load import fill
 from fewbit.runtime.qat import (
     Prepared,
+    Recipe,
     find_targets,
     freeze,
     observe,
@@ -46,6 +47,7 @@ from fewbit.runtime.qat import (
 
 RATES = {
     "full": (1e-2, 1e-2),
+    "floats": (0.0, 2e-2),
     "scales": (0.0, 2e-2),
 }  # recipe -> peak learning rates of weights and of the rest, in quantisation steps
 WATCHED = 8  # windows set aside to measure KL on
@@ -103,7 +105,7 @@ def train_checkpoint(
         path: float checkpoint, the teacher too.
         to: FORMAT:SCHEME, as for quantize.
         start: a checkpoint quantised in the same format and scheme (by GPTQ, say) whose codes and scales training starts from; None rounds to nearest.
-        recipe: full, or scales (step sizes and norms only).
+        recipe: full, floats (all but the codes) or scales (step sizes, norms and biases only).
         text, samples, length: what to learn from, as calibration text.
         rates: peak learning rates of weights and of the rest, instead of the recipe's.
 
@@ -112,7 +114,7 @@ def train_checkpoint(
         Refusals: as `quantize`.
     """
     if recipe not in RATES:
-        raise InputError("FB-E0913", f"recipes are {' and '.join(RATES)}, got {recipe!r}")
+        raise InputError("FB-E0913", f"recipes are {', '.join(RATES)}, got {recipe!r}")
     with open_source(path) as source:
         if source.quantised:
             raise InputError(
@@ -124,7 +126,7 @@ def train_checkpoint(
         prepared = prepare(
             student,
             scheme,
-            recipe="scales" if recipe == "scales" else "full",
+            recipe=cast("Recipe", recipe),
             start=None if start is None else take_start(student, start),
             skip=[f"re:^{re.escape(t.name)}$" for t in find_targets(student) if t.name not in names],
             floats=_float_grid(source),
@@ -185,13 +187,13 @@ def _learn(
 def decided(source: Source, to: str) -> tuple[Scheme, set[str]]:
     """The scheme that a target gives the weights, and the parameters that it quantises by default.
 
-    Embedding and head stay in floating point: where they are tied, no training here reaches them, and a GGUF recipe gives them a type of their own.
+    Embedding and head stay in floating point, where they learn as they are; a GGUF recipe would give them a type of their own.
 
     Raises:
         Refusals: as `quantize`. InputError: FB-E0917 for a target of several schemes.
     """
     files = {path.name: path.read_bytes() for path in source.checkpoint.aux_files if path.name in VOCABULARY_FILES}
-    plan = resolve(source.manifest, source.config, Recipe(to=(to,)), source=str(source.root), files=files)
+    plan = resolve(source.manifest, source.config, Wanted(to=(to,)), source=str(source.root), files=files)
     jobs = [job for job in plan.outputs[0].quantised if job.role not in ("embed", "head")]
     schemes = {job.scheme for job in jobs}
     if len(schemes) != 1:
@@ -223,7 +225,7 @@ def vocabulary(model: nn.Module) -> int:
 
 
 def take_start(student: nn.Module, path: str | Path) -> dict[str, QTensor]:
-    """The codes of a quantised checkpoint, for `prepare`; its norms and biases are put into the student, which may have been trained with them.
+    """The codes of a quantised checkpoint, for `prepare`; what it keeps in floating point is put into the student, for it may have been trained with that.
 
     Raises:
         InputError: FB-E0914 when it holds no quantised weights, or floats of another shape.
@@ -244,7 +246,7 @@ def take_start(student: nn.Module, path: str | Path) -> dict[str, QTensor]:
 
 
 def _float_grid(source: Source) -> str:
-    """The grid of the source's one-dimensional parameters, in which trained ones are stored."""
+    """The grid of the source's one-dimensional parameters, in which trained floats are stored."""
     kinds = {info.dtype for info in source.manifest.values() if len(info.shape) == 1}
     known = [kind for kind in ("BF16", "F16", "F32") if kind in kinds]
     return str(leaf(LEAF_GRID[known[0]])) if known else "f32"

@@ -1,7 +1,7 @@
 """A transformers cache whose keys and values stay in few bits (after KIVI, arXiv 2402.02750).
 
     cache = QuantCache(model.config, "int4", window=128)
-    model.generate(**inputs, past_key_values=cache)          or model(ids, past_key_values=cache, use_cache=True)
+    model.generate(**inputs, cache=cache)          or model(ids, cache=cache, use_cache=True)      (past_key_values before transformers 5.24)
 
 Keys have channels that are large for every token, so they are rounded per channel, over runs of `group` tokens; values have none, so they are rounded per
 token, over runs of `group` channels. The newest tokens stay as they came: at least `window` of them, and what does not fill a group yet.

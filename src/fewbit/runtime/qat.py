@@ -4,8 +4,8 @@
     distil(model, teacher, tokens, …)                                   any training loop does; see `runtime.distil`
     freeze(model);  qtensors(model)  or  convert(model)                 what was trained, as codes: the same logits, bit for bit
 
-Two recipes. `full` trains the float weights behind the rounding, the step sizes and the norms. `scales` keeps the codes that a solver chose and trains
-step sizes and norms only: no float weights, no optimiser state for them, minutes instead of hours.
+Three recipes. `scales` keeps the codes that a solver chose and trains step sizes, norms and biases: no float weights, no optimiser state for them, minutes
+instead of hours. `floats` trains embeddings and head besides, all that a file keeps in floating point. `full` trains the float weights behind the rounding too.
 
 Weights are reached by `torch.nn.utils.parametrize`, so every module that has a `weight` (or a stacked parameter) is served alike and its own code runs.
 """
@@ -23,20 +23,19 @@ from torch.nn.utils import parametrize
 
 from fewbit.base.errors import InputError
 from fewbit.base.names import matches
-from fewbit.math.scales import quantize
-from fewbit.num.grid import BF16, F16, F32
 from fewbit.num.qtensor import QTensor
-from fewbit.num.scheme import Scheme, leaf, parse_scheme
+from fewbit.num.scheme import Scheme, parse_scheme
 from fewbit.runtime.fake import FakeQuantise, inside_cells
 from fewbit.runtime.fake_inputs import FakeInputs
+from fewbit.runtime.floats import learn, learning, tied_names
 from fewbit.runtime.linear import QuantLinear, bias_of, weight_of
 from fewbit.solve.table import solver_named
 
-Recipe = Literal["full", "scales"]
+Recipe = Literal["full", "floats", "scales"]
+RECIPES: tuple[Recipe, ...] = ("full", "floats", "scales")
 Start = Mapping[str, QTensor] | Callable[[str], "QTensor | None"]
 SKIP = ("*lm_head.*", "*.router.*", "*.mlp.gate.*", "*.block_sparse_moe.gate.*")
 INPUTS = "fake_inputs"
-_GRIDS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class Prepared:
 
     Attributes:
         quantised: parameter name -> spelling of its scheme.
-        trained: names of float parameters that learn besides (norms, biases, what was asked for).
-        kept: weights that stay as they are -> why.
+        trained: names of float parameters that learn besides (norms, biases, embeddings, what was asked for); of a tied one the first.
+        kept: weights that are not quantised -> why.
         learning, total: numbers that learn; numbers in the model.
     """
 
@@ -85,7 +84,7 @@ def prepare(
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Prepared:
-    """Puts fake quantisation on every linear layer, Conv1D and stacked expert of a model, in place; all other parameters stop learning, norms and biases excepted.
+    """Puts fake quantisation on every linear layer, Conv1D and stacked expert of a model, in place; what else learns is the recipe's matter.
 
     Args:
         model: floating, ideally float32: small updates get lost in 16 bits.
@@ -93,14 +92,14 @@ def prepare(
         recipe: what learns, see the module's text.
         start: quantised weights to start from, by parameter name (a GPTQ result, say); what it lacks is solved by `method`.
         method: a solver that needs no calibration.
-        skip: patterns of parameter names to leave alone. Tied weights are always left alone.
+        skip: patterns of names of weights that stay floating. Tied weights always do.
         also: patterns of further float parameters that learn.
         transposed: patterns of stacked parameters that lie [experts, in, out].
         floats: grid in which trained float parameters will be stored (`bf16`): they are rounded to it while training; None for their own.
         options, seed: of the solver.
 
     Raises:
-        InputError: FB-E0913 when nothing can be quantised, a weight is not floating or on the meta device, a name is tied, or a word is unknown;
+        InputError: FB-E0913 when nothing can be quantised, a weight is not floating or on the meta device, or a word is unknown;
             FB-E0914 for a start of another shape or scheme; FB-E0911 for activations that cannot be static; FB-E0601 … FB-E0704 from parsing and solving.
     """
     wanted = parse_scheme(scheme) if isinstance(scheme, str) else scheme
@@ -114,16 +113,16 @@ def prepare(
         raise InputError("FB-E0913", f"no weight of this {type(model).__name__} is left to quantise")
     refuse_inputs(wanted, chosen)
     found = {t.name: _starting(t, wanted, start, method, options or {}, seed) for t in chosen}
-    trained = _trained(model, {t.name for t in targets}, also, tied)
+    trained = list(learning(model, found, also, embeddings=recipe != "scales"))
     model.requires_grad_(False)
     for target in chosen:
-        _install(target, found[target.name], wanted, keep_codes=recipe == "scales")
-    for name in trained:
-        _learn_float(model, name, floats)
+        _install(target, found[target.name], wanted, keep_codes=recipe != "full")
+    for one in trained:
+        learn(one, floats)
     numbers = [p.numel() for p in model.parameters() if p.requires_grad]
     return Prepared(
         {t.name: str(wanted) for t in chosen},
-        tuple(trained),
+        tuple(one.names[0] for one in trained),
         kept,
         sum(numbers),
         sum(p.numel() for p in model.parameters()),
@@ -131,25 +130,14 @@ def prepare(
 
 
 def _check(model: nn.Module, scheme: Scheme, recipe: str, floats: str | None) -> None:
-    if recipe not in ("full", "scales"):
-        raise InputError("FB-E0913", f"recipes are full and scales, got {recipe!r}")
+    if recipe not in RECIPES:
+        raise InputError("FB-E0913", f"recipes are {', '.join(RECIPES)}, got {recipe!r}")
     if any(isinstance(module, FakeQuantise) for module in model.modules()):
         raise InputError("FB-E0913", "the model is prepared already")
     if scheme.is_leaf:
         raise InputError("FB-E0913", f"{scheme} has no scale to learn")
     if floats is not None and not parse_scheme(floats).is_leaf:
         raise InputError("FB-E0913", f"floats are stored as f32, f16 or bf16, got {floats}")
-
-
-def tied_names(model: nn.Module) -> set[str]:
-    """Names of parameters that live in more than one module."""
-    names: dict[int, dict[int, list[str]]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for attribute, param in module._parameters.items():
-            if param is not None:
-                owners = names.setdefault(id(param), {})
-                owners.setdefault(id(module), []).append(f"{prefix}.{attribute}".lstrip("."))
-    return {name for owners in names.values() if len(owners) > 1 for group in owners.values() for name in group}
 
 
 def find_targets(model: nn.Module, transposed: Collection[str] = ()) -> Iterator[Target]:
@@ -242,38 +230,6 @@ def original(module: nn.Module, attribute: str) -> nn.Parameter:
     return module.get_parameter(f"parametrizations.{attribute}.original")
 
 
-def _trained(model: nn.Module, weights: set[str], also: Collection[str], tied: set[str]) -> list[str]:
-    """Float parameters that learn: scales of norms, biases that are there, and what was asked for."""
-    names = []
-    for prefix, module in model.named_modules():
-        for attribute, param in module._parameters.items():
-            name = f"{prefix}.{attribute}".lstrip(".")
-            if param is None or name in weights:
-                continue
-            asked = _any(also, name)
-            if asked and name in tied:
-                raise InputError(
-                    "FB-E0913", "a tied parameter cannot learn here: its other name would not follow", tensor=name
-                )
-            if asked or (
-                name not in tied
-                and param.ndim == 1
-                and ("norm" in type(module).__name__.lower() or attribute == "bias")
-            ):
-                names.append(name)
-    return names
-
-
-def _learn_float(model: nn.Module, name: str, floats: str | None) -> None:
-    path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
-    value = getattr(module, attribute).detach()
-    grid = parse_scheme(floats) if floats else leaf(_GRIDS.get(value.dtype, F32))
-    fake = FakeQuantise(quantize(grid, value.float())).to(value.device)
-    parametrize.register_parametrization(module, attribute, fake, unsafe=True)
-    original(module, attribute).requires_grad_(True)
-
-
 def fakes(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, FakeQuantise]]:
     """(parameter name, module, attribute, node) of everything that is fake-quantised, floats stored in fewer bits included."""
     for prefix, module in model.named_modules():
@@ -333,12 +289,12 @@ def qtensors(model: nn.Module) -> dict[str, QTensor]:
 
 @torch.no_grad()
 def trained_floats(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Float parameters that learn, by name, with the values that the model computes with."""
-    return {
-        name: getattr(module, attribute).detach().clone()
-        for name, module, attribute, fake in fakes(model)
-        if fake.scheme.is_leaf
-    }
+    """Float parameters that learn, by name (of a tied one the first), with the values that the model computes with."""
+    found: dict[FakeQuantise, tuple[str, torch.Tensor]] = {}
+    for name, module, attribute, fake in fakes(model):
+        if fake.scheme.is_leaf and fake not in found:
+            found[fake] = (name, getattr(module, attribute).detach().clone())
+    return dict(found.values())
 
 
 def convert(model: nn.Module, *, kernel: str | None = None, dense: bool = False) -> dict[str, QTensor]:
@@ -367,12 +323,12 @@ def convert(model: nn.Module, *, kernel: str | None = None, dense: bool = False)
 def _plain(model: nn.Module) -> list[tuple[str, nn.Module, str, FakeQuantise]]:
     """Makes every node's value a plain parameter. (torch's own removal edits a class that copies of the model share.)"""
     nodes = list(fakes(model))
-    values = [(module, attribute, getattr(module, attribute).detach()) for _, module, attribute, _ in nodes]
-    for module in dict.fromkeys(module for module, _, _ in values):
+    values = {fake: nn.Parameter(getattr(module, key).detach(), requires_grad=False) for _, module, key, fake in nodes}
+    for module in dict.fromkeys(module for _, module, _, _ in nodes):
         module.__class__ = type(module).__bases__[0]
         del module.parametrizations
-    for module, attribute, value in values:
-        module.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
+    for _, module, attribute, fake in nodes:
+        module.register_parameter(attribute, values[fake])  # tied ones stay tied
     return nodes
 
 
@@ -382,15 +338,17 @@ def parameter_groups(model: nn.Module, lr: float, scale_lr: float) -> list[dict[
     Args:
         lr: of weights: what one update of Adam moves a weight on its way to the next level, as a share of its tensor's mean step.
         scale_lr: of everything else, as a share of a step too: what an update moves a shift, or the outermost level by its step size. A step size learns as a share
-            of itself, so its rate is this over half the number of levels; norms and biases, which act on all levels likewise, follow the mean of those.
+            of itself, so its rate is this over half the number of levels. What stays floating acts on all levels likewise and follows the mean of those: norms and
+            biases move by that much, embeddings and heads by that share of their root mean square.
     """
     groups: list[dict[str, Any]] = []
     rates: dict[float, list[nn.Parameter]] = {}
-    reaches, placed = [], set()
+    reaches, floating, placed = [], [], set()
     for _, module, attribute, fake in fakes(model):
-        if fake.scheme.is_leaf:
-            continue
         param = original(module, attribute)
+        if fake.scheme.is_leaf:
+            floating.append(param)
+            continue
         if param.requires_grad:
             step = float(fake.parts["scale"].get_buffer("start").abs().mean()) if "scale" in fake.parts else 1.0
             groups.append({"params": [param], "lr": lr * step, "weight_decay": 0.0})
@@ -402,5 +360,10 @@ def parameter_groups(model: nn.Module, lr: float, scale_lr: float) -> list[dict[
                 rates.setdefault(scale_lr / (1.0 if shifts else reaches[-1]), []).append(param)
                 placed.add(id(param))
     usual = scale_lr * len(reaches) / sum(reaches) if reaches else scale_lr
+    for param in floating:
+        if param.ndim > 1 and param.requires_grad and id(param) not in placed:
+            size = float(param.detach().square().mean().sqrt())
+            groups.append({"params": [param], "lr": usual * size, "weight_decay": 0.0})
+            placed.add(id(param))
     rates.setdefault(usual, []).extend(p for p in model.parameters() if p.requires_grad and id(p) not in placed)
     return groups + [{"params": found, "lr": rate, "weight_decay": 0.0} for rate, found in rates.items() if found]

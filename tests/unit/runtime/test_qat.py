@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -72,7 +73,9 @@ def step(model: nn.Module, tokens: torch.Tensor, count: int = 2) -> None:
         ("llama", "int8-channel+int8-token", "full"),
         ("llama", "int8-channel+int8-tensor-static", "full"),
         ("mixtral", "int4-g32", "full"),
+        ("llama", "int3-g32", "floats"),
         ("mixtral", "int3-g32-asym", "scales"),
+        ("gpt2", "int4-g32", "floats"),
         ("gpt2", "int4-g32-asym", "full"),
     ],
 )
@@ -88,7 +91,7 @@ def test_logits_stay_the_same_bit_for_bit(kind: str, word: str, recipe: str) -> 
         wanted = model(tokens).logits
     moved = [n for n, q in qtensors(model).items() if not torch.equal(q.dequantize(), before[n].dequantize())]
     assert moved, "nothing was learnt"
-    if recipe == "scales":
+    if recipe != "full":
         assert all(torch.equal(q.codes, before[name].codes) for name, q in qtensors(model).items())
     codes = qtensors(model)
     frozen = copy.deepcopy(model)
@@ -118,21 +121,56 @@ def test_logits_stay_the_same_bit_for_bit(kind: str, word: str, recipe: str) -> 
         assert off < (0.05 if "+" in word else 1e-4)
 
 
-def test_tied_skipped_and_asked_for() -> None:
+def test_what_stays_floating_and_what_of_it_learns() -> None:
     model = make()
-    head = model.lm_head.weight
-    done = prepare(model, "int4-g32", skip=("*down_proj*",), also=("*q_proj.bias",))
-    assert done.kept["lm_head.weight"].startswith("tied") and head is model.model.embed_tokens.weight
-    assert done.kept["model.layers.0.mlp.down_proj.weight"] == "skipped" and not head.requires_grad
+    done = prepare(model, "int4-g32", recipe="scales", skip=("*down_proj*",), also=("*q_proj.bias",))
+    assert done.kept["lm_head.weight"].startswith("tied")
+    assert done.kept["model.layers.0.mlp.down_proj.weight"] == "skipped"
     assert len(done.quantised) == 12 and set(done.trained) >= {"model.norm.weight"}
-    assert done.learning < done.total
+    assert done.learning < done.total and "model.embed_tokens.weight" not in done.trained
+    before = model.lm_head.weight.clone()
     step(model, ids())
-    assert torch.equal(model.lm_head.weight, head) and model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, before) and model.lm_head.weight is model.model.embed_tokens.weight
+    asked = prepare(make(), "int4-g32", recipe="scales", also=("*down_proj*",), skip=("*down_proj*",))
+    assert "model.layers.1.mlp.down_proj.weight" in asked.trained
+
+
+@pytest.mark.parametrize("recipe", ["full", "floats"])
+def test_a_tied_embedding_learns_in_both_its_places(recipe: Any) -> None:
+    model, tokens = make(), ids()
+    done = prepare(model, "int4-g32", recipe=recipe, floats="bf16")
+    assert done.trained.count("model.embed_tokens.weight") == 1 and "lm_head.weight" not in done.trained
+    embed, head = model.model.embed_tokens, model.lm_head
+    assert original(embed, "weight") is original(head, "weight")
+    one = make()  # the same gradients as without any of this, were its weights what this model computes with
+    with torch.no_grad():
+        for name, param in one.named_parameters():
+            module, _, key = name.rpartition(".")
+            param.copy_(getattr(model.get_submodule(module), key))
+    for net in (model, one):
+        nn.functional.cross_entropy(net(tokens).logits.flatten(0, 1), tokens.flatten()).backward()
+    assert torch.allclose(original(embed, "weight").grad, one.lm_head.weight.grad, rtol=1e-4, atol=1e-7)
+    before = embed.weight.clone()
+    step(model, tokens)
+    assert torch.equal(embed.weight, head.weight) and not torch.equal(embed.weight, before)
+    assert torch.equal(embed.weight, embed.weight.bfloat16().float())
+    with torch.no_grad():
+        wanted = model(tokens).logits
+    assert list(trained_floats(model)).count("model.embed_tokens.weight") == 1
+    convert(model, dense=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, wanted)
 
 
 def test_untied_heads_are_skipped_unless_asked_for() -> None:
-    assert "lm_head.weight" in prepare(make(tie_word_embeddings=False), "int4-g32").kept
-    assert "lm_head.weight" in prepare(make(tie_word_embeddings=False), "int4-g32", skip=()).quantised
+    done = prepare(make(tie_word_embeddings=False), "int4-g32")
+    assert "lm_head.weight" in done.kept and {"lm_head.weight", "model.embed_tokens.weight"} <= set(done.trained)
+    done = prepare(make(tie_word_embeddings=False), "int4-g32", skip=())
+    assert "lm_head.weight" in done.quantised and "lm_head.weight" not in done.trained
+    assert not {"lm_head.weight", "model.embed_tokens.weight"} & set(
+        prepare(make(tie_word_embeddings=False), "int4-g32", recipe="scales").trained
+    )
 
 
 def test_scales_recipe_holds_codes_and_no_weights() -> None:
@@ -186,7 +224,6 @@ def test_bad_input_is_refused() -> None:
         lambda: prepare(make(), "int4-g32", floats="int4-g32"),
         lambda: prepare(make(), "int4-g32", skip=("*",)),
         lambda: prepare(nn.ReLU(), "int4-g32"),
-        lambda: prepare(make(), "int4-g32", also=("*embed_tokens*",)),
         lambda: prepare(make().to("meta"), "int4-g32"),
     ]
     for case in cases:
@@ -241,7 +278,9 @@ def test_rates_are_in_steps() -> None:
         assert rate.keys() == {id(p) for p in model.parameters() if p.requires_grad}
         for _, module, attribute, fake in fakes(model):
             if fake.scheme.is_leaf:
-                assert rate[id(original(module, attribute))] == pytest.approx(1e-2 / (levels / 2))
+                floats = original(module, attribute)
+                size = 1.0 if floats.ndim == 1 else float(floats.square().mean().sqrt())
+                assert rate[id(floats)] == pytest.approx(1e-2 / (levels / 2) * size)
                 continue
             step = float(fake.parts["scale"].start.abs().mean())
             assert rate[id(original(module, attribute))] == pytest.approx(3e-3 * step)
@@ -356,7 +395,7 @@ def test_the_file_computes_what_was_trained(checkpoint: Path, tmp_path: Path, wo
             assert torch.equal(written.read(name).float(), q.dequantize()), name
         for name, value in trained_floats(model).items():
             assert torch.equal(written.read(name).float(), value)
-            assert not torch.equal(value, torch.ones_like(value)), "norms learn too"
+            assert not torch.equal(value, load(checkpoint).get_parameter(name)), "norms and the embedding learn too"
         if to == "compressed-tensors":
             again = load(checkpoint)
             prepare(again, word, start=start_from(written), recipe="scales")
@@ -366,6 +405,22 @@ def test_the_file_computes_what_was_trained(checkpoint: Path, tmp_path: Path, wo
     if loads:
         with torch.no_grad():
             assert torch.allclose(load(place)(tokens).logits, wanted, atol=1e-5)
+
+
+def test_a_head_stored_beside_its_embedding_is_written_with_it(tmp_path: Path) -> None:
+    """Some checkpoints hold a tied head a second time; a stale copy would be what an engine reads."""
+    base = tmp_path / "base"
+    make().to(torch.bfloat16).save_pretrained(base)
+    tensors = load_file(base / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / "model.safetensors")
+    model = load(base)
+    prepare(model, "int4-g32-bf16", recipe="floats", floats="bf16")
+    step(model, ids())
+    with open_source(base) as source:
+        place = export(qtensors(model), trained_floats(model), source, "compressed-tensors", tmp_path / "out")
+    with open_source(place) as written:
+        for name in written.manifest.keys() & {"lm_head.weight", "model.embed_tokens.weight"}:
+            assert torch.equal(written.read(name).float(), model.lm_head.weight), name
 
 
 def test_stacked_experts_are_written_one_by_one(tmp_path: Path) -> None:
