@@ -70,16 +70,20 @@ def learning(model: nn.Module, quantised: Collection[str], also: Collection[str]
     for one in held(model):
         if not one.value.is_floating_point() or any(name in quantised for name in one.names):
             continue
-        usual = not one.tied and one.value.ndim == 1
-        for module, attribute in one.places:
-            norm = "norm" in type(module).__name__.lower()
-            words = isinstance(module, nn.Embedding) or module is head
-            if (usual and (norm or attribute == "bias")) or (embeddings and words):
-                yield one
-                break
-        else:
-            if any(matches(pattern, name) for pattern in also for name in one.names):
-                yield one
+        asked = any(matches(pattern, name) for pattern in also for name in one.names)
+        if asked or _of_norm(one) or (embeddings and _of_words(one, head)):
+            yield one
+
+
+def _of_norm(one: Held) -> bool:
+    """Whether a parameter is a norm's or a bias."""
+    (module, attribute), *others = one.places
+    return not others and one.value.ndim == 1 and ("norm" in type(module).__name__.lower() or attribute == "bias")
+
+
+def _of_words(one: Held, head: nn.Module | None) -> bool:
+    """Whether a parameter is an embedding's or the head's."""
+    return any(isinstance(module, nn.Embedding) or module is head for module, _ in one.places)
 
 
 def learn(one: Held, floats: str | None) -> None:
