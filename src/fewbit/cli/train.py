@@ -26,9 +26,7 @@ def command(
     samples: Annotated[int, typer.Option(min=1, help="windows of text")] = 2400,
     length: Annotated[int, typer.Option(min=8, help="tokens of a window")] = 256,
     lr: Annotated[float | None, typer.Option(help="peak learning rate of weights, in quantisation steps")] = None,
-    scale_lr: Annotated[
-        float | None, typer.Option(help="peak learning rate of step sizes, shifts and norms, in steps too")
-    ] = None,
+    scale_lr: Annotated[float | None, typer.Option(help="peak learning rate of all else, in steps too")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of text and order")] = 0,
     compute: Annotated[
         str, typer.Option(help="dtype of the products: float32, or bfloat16 where the processor multiplies it")

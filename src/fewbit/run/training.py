@@ -129,7 +129,7 @@ def train_checkpoint(
             recipe=cast("Recipe", recipe),
             start=None if start is None else take_start(student, start),
             skip=[f"re:^{re.escape(t.name)}$" for t in find_targets(student) if t.name not in names],
-            floats=_float_grid(source),
+            floats=_float_grids(source, student),
         )
         rates = rates or RATES[recipe]
         curve = _learn(student, teacher, found.tokens, schedule, rates, on_point)
@@ -245,8 +245,7 @@ def take_start(student: nn.Module, path: str | Path) -> dict[str, QTensor]:
     return found
 
 
-def _float_grid(source: Source) -> str:
-    """The grid of the source's one-dimensional parameters, in which trained floats are stored."""
-    kinds = {info.dtype for info in source.manifest.values() if len(info.shape) == 1}
-    known = [kind for kind in ("BF16", "F16", "F32") if kind in kinds]
-    return str(leaf(LEAF_GRID[known[0]])) if known else "f32"
+def _float_grids(source: Source, module: nn.Module) -> dict[str, str]:
+    """The grid in which the source stores each parameter, and so a trained one too."""
+    kinds = {slot.param: source.manifest[name].dtype for name, slot in bind(module, source.manifest).items()}
+    return {param: str(leaf(LEAF_GRID[kind])) for param, kind in kinds.items() if kind in LEAF_GRID}

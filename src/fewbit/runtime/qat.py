@@ -80,7 +80,7 @@ def prepare(
     skip: Collection[str] = SKIP,
     also: Collection[str] = (),
     transposed: Collection[str] = (),
-    floats: str | None = None,
+    floats: str | Mapping[str, str] | None = None,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Prepared:
@@ -95,7 +95,7 @@ def prepare(
         skip: patterns of names of weights that stay floating. Tied weights always do.
         also: patterns of further float parameters that learn.
         transposed: patterns of stacked parameters that lie [experts, in, out].
-        floats: grid in which trained float parameters will be stored (`bf16`): they are rounded to it while training; None for their own.
+        floats: grid in which trained float parameters will be stored (`bf16`), or one for each name: they are rounded to it while training; None for their own.
         options, seed: of the solver.
 
     Raises:
@@ -118,7 +118,7 @@ def prepare(
     for target in chosen:
         _install(target, found[target.name], wanted, keep_codes=recipe != "full")
     for one in trained:
-        learn(one, floats)
+        learn(one, floats.get(one.names[0]) if isinstance(floats, Mapping) else floats)
     numbers = [p.numel() for p in model.parameters() if p.requires_grad]
     return Prepared(
         {t.name: str(wanted) for t in chosen},
@@ -129,15 +129,16 @@ def prepare(
     )
 
 
-def _check(model: nn.Module, scheme: Scheme, recipe: str, floats: str | None) -> None:
+def _check(model: nn.Module, scheme: Scheme, recipe: str, floats: str | Mapping[str, str] | None) -> None:
     if recipe not in RECIPES:
         raise InputError("FB-E0913", f"recipes are {', '.join(RECIPES)}, got {recipe!r}")
     if any(isinstance(module, FakeQuantise) for module in model.modules()):
         raise InputError("FB-E0913", "the model is prepared already")
     if scheme.is_leaf:
         raise InputError("FB-E0913", f"{scheme} has no scale to learn")
-    if floats is not None and not parse_scheme(floats).is_leaf:
-        raise InputError("FB-E0913", f"floats are stored as f32, f16 or bf16, got {floats}")
+    words = [] if floats is None else [floats] if isinstance(floats, str) else sorted(set(floats.values()))
+    if wrong := [word for word in words if not parse_scheme(word).is_leaf]:
+        raise InputError("FB-E0913", f"floats are stored as f32, f16 or bf16, got {wrong[0]}")
 
 
 def find_targets(model: nn.Module, transposed: Collection[str] = ()) -> Iterator[Target]:

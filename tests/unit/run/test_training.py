@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fewbit.base.errors import FewbitError, InputError
 from fewbit.cli.app import run as cli
@@ -21,8 +23,6 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random BF16 checkpoint with the sample's tokenizer."""
-    import shutil
-
     from transformers import AutoConfig, AutoModelForCausalLM
 
     place = tmp_path_factory.mktemp("base")
@@ -112,3 +112,19 @@ def test_bad_words_are_refused(base: Path, text: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="FB-E0410"):
         train_checkpoint(tmp_path / "four", "compressed-tensors:int4-g32", tmp_path / "x", **words)
     assert not (tmp_path / "x").exists()
+
+
+def test_floats_keep_the_dtype_in_which_each_is_stored(base: Path, text: str, tmp_path: Path) -> None:
+    """Norms in float32 beside an embedding in BF16, as some checkpoints have them: refusing after the training would lose it."""
+    mixed = tmp_path / "mixed"
+    shutil.copytree(base, mixed)
+    tensors = load_file(mixed / "model.safetensors")
+    save_file({n: t.float() if t.ndim == 1 else t for n, t in tensors.items()}, mixed / "model.safetensors")
+    words = {"text": text, "samples": 16, "length": 16, "schedule": Schedule(steps=2, batch=2)}
+    done = train_checkpoint(mixed, "compressed-tensors:int4-g32", tmp_path / "out", recipe="floats", **words)
+    with open_source(mixed) as source, open_source(done.out) as written:
+        for name in ("model.norm.weight", "model.embed_tokens.weight"):
+            assert written.manifest[name].dtype == source.manifest[name].dtype
+            assert not torch.equal(written.read(name), source.read(name)), name
+        norm = written.read("model.norm.weight")
+    assert not torch.equal(norm, norm.bfloat16().float()), "rounded to the other's dtype"
