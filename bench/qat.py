@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--schemes", nargs="+", default=["int4-channel", "int2-g64"])
     parser.add_argument("--recipes", nargs="+", default=["scales", "floats", "full"], help="rows of others stay")
-    parser.add_argument("--steps", type=int, default=320, help="of the full recipe; scales take a quarter")
+    parser.add_argument("--steps", type=int, default=320, help="of the full recipe; the others take a quarter")
     parser.add_argument("--batch", type=int, default=8, help="windows of 256 tokens in a step")
     parser.add_argument(
         "--rates", nargs=2, type=float, help="peak rates of weights and of the rest, in steps, instead of the recipe's"

@@ -30,6 +30,7 @@ from torch import nn
 from fewbit.base.errors import InputError
 from fewbit.base.manifest import Manifest
 from fewbit.run.lanes import lane
+from fewbit.runtime.floats import held
 
 Read = Callable[[str], torch.Tensor]
 Params = dict[str, torch.Tensor]
@@ -308,14 +309,7 @@ def find_blocks(module: nn.Module) -> tuple[str, list[nn.Module]]:
 
 def _tied(module: nn.Module) -> dict[str, str]:
     """Parameter names that are another name of the same tensor (tied heads) -> the name that `named_parameters` gives."""
-    first: dict[int, str] = {}
-    tied = {}
-    for name, param in module.named_parameters(remove_duplicate=False):
-        if id(param) in first:
-            tied[name] = first[id(param)]
-        else:
-            first[id(param)] = name
-    return tied
+    return {name: one.names[0] for one in held(module) for name in one.names[1:]}
 
 
 def stored_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -338,11 +332,14 @@ def bind(module: nn.Module, manifest: Manifest) -> dict[str, Slot]:
     return slots
 
 
-def copies(module: nn.Module, manifest: Manifest) -> dict[str, str]:
-    """Stored tensors that only repeat a parameter under its other name (a head beside the embedding it is tied to) -> the parameter."""
+def copies(module: nn.Module, manifest: Manifest, slots: Mapping[str, Slot]) -> dict[str, str]:
+    """Stored tensors that only repeat a parameter under its other name (a head beside the embedding it is tied to) -> the parameter.
+
+    Args:
+        slots: of the same, from `bind`.
+    """
     found = ((_stored_as(name, manifest), param) for name, param in _tied(module).items())
-    taken = bind(module, manifest)
-    return {stored: param for stored, param in found if stored is not None and stored not in taken}
+    return {stored: param for stored, param in found if stored is not None and stored not in slots}
 
 
 def _stored_as(name: str, manifest: Manifest) -> str | None:

@@ -95,7 +95,7 @@ def export(
     lost = sorted((weights.keys() | floats.keys()) - placed)
     if lost:
         raise InputError("FB-E0917", "no stored tensor belongs to a trained parameter", tensor=lost[0])
-    places = {name: slot.param for name, slot in slots.items()} | copies(module, source.manifest)
+    places = {name: slot.param for name, slot in slots.items()} | copies(module, source.manifest, slots)
     trained = TrainedSource(source, {name: floats[param] for name, param in places.items() if param in floats})
     plan = plan_export(trained, scheme, to, set(answers))
     (output,) = plan.outputs

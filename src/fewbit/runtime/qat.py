@@ -136,9 +136,9 @@ def _check(model: nn.Module, scheme: Scheme, recipe: str, floats: str | Mapping[
         raise InputError("FB-E0913", "the model is prepared already")
     if scheme.is_leaf:
         raise InputError("FB-E0913", f"{scheme} has no scale to learn")
-    words = [] if floats is None else [floats] if isinstance(floats, str) else sorted(set(floats.values()))
-    if wrong := [word for word in words if not parse_scheme(word).is_leaf]:
-        raise InputError("FB-E0913", f"floats are stored as f32, f16 or bf16, got {wrong[0]}")
+    for word in set(floats.values()) if isinstance(floats, Mapping) else {floats} - {None}:
+        if not parse_scheme(word).is_leaf:
+            raise InputError("FB-E0913", f"floats are stored as f32, f16 or bf16, got {word}")
 
 
 def find_targets(model: nn.Module, transposed: Collection[str] = ()) -> Iterator[Target]:
@@ -361,10 +361,9 @@ def parameter_groups(model: nn.Module, lr: float, scale_lr: float) -> list[dict[
                 rates.setdefault(scale_lr / (1.0 if shifts else reaches[-1]), []).append(param)
                 placed.add(id(param))
     usual = scale_lr * len(reaches) / sum(reaches) if reaches else scale_lr
-    for param in floating:
-        if param.ndim > 1 and param.requires_grad and id(param) not in placed:
-            size = float(param.detach().square().mean().sqrt())
-            groups.append({"params": [param], "lr": usual * size, "weight_decay": 0.0})
-            placed.add(id(param))
+    for param in dict.fromkeys(param for param in floating if param.requires_grad):  # a tied one stands there twice
+        size = float(param.detach().square().mean().sqrt()) if param.ndim > 1 else 1.0
+        rates.setdefault(usual * size, []).append(param)
+        placed.add(id(param))
     rates.setdefault(usual, []).extend(p for p in model.parameters() if p.requires_grad and id(p) not in placed)
     return groups + [{"params": found, "lr": rate, "weight_decay": 0.0} for rate, found in rates.items() if found]
