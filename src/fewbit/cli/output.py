@@ -41,12 +41,7 @@ class _Lines:
         now = time.monotonic()
         if event["event"] == "start":
             self.first = event["done"]
-            resumed = f", {event['resumed']} done before" if event.get("resumed") else ""
-            print(
-                f"{event['jobs']} tensors, {event['total'] / 1e6:.1f} million weights{resumed}",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(event.get("text") or _weights(event), file=sys.stderr, flush=True)
         elif event["event"] == "note":
             print(event["text"], file=sys.stderr, flush=True)
         elif event["event"] == "job" and now - self.last >= EVERY:
@@ -55,6 +50,12 @@ class _Lines:
             fresh = event["done"] - self.first
             left = (event["total"] - event["done"]) * (now - self.started) / max(1, fresh)
             print(f"{share:6.1%}  {_clock(left)} left  {event['name']}", file=sys.stderr, flush=True)
+
+
+def _weights(event: dict[str, Any]) -> str:
+    """How a run over a checkpoint's tensors begins."""
+    resumed = f", {event['resumed']} done before" if event.get("resumed") else ""
+    return f"{event['jobs']} tensors, {event['total'] / 1e6:.1f} million weights{resumed}"
 
 
 def _clock(seconds: float) -> str:

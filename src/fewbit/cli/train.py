@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fewbit.cli.output import print_json
+from fewbit.cli.output import print_json, progress
+from fewbit.plan.recipe import parse_size
 
 
 def command(
@@ -34,37 +35,41 @@ def command(
     noise: Annotated[
         float, typer.Option(min=0, max=0.99, help="share of the tokens replaced by random ones in every second window")
     ] = 0.0,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    ram: Annotated[
+        str | None, typer.Option(help="hard limit of resident memory, e.g. 8GB [default: 3/4 of what is free]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …, or auto")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output")] = False,
     json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout, progress on stderr")] = False,
 ) -> None:
     """Train a model through the rounding: its float self teaches it, and the codes that come out are written.
 
-    Start from a GPTQ result of the same target for the best of both.
+    Start from a GPTQ result of the same target for the best of both. A run that is stopped or killed is finished by the same command.
     """
     from fewbit.run.training import RATES, train_checkpoint
-    from fewbit.runtime.distil import Point, Schedule
-
-    def say(point: Point) -> None:
-        loss = "" if point.step == 0 else f"  loss {point.loss:.4f}"
-        typer.echo(f"step {point.step:>6}  KL {point.measures['kl']:.5f}{loss}  {point.seconds:.0f} s", err=json)
+    from fewbit.runtime.distil import Schedule
 
     weights, rest = RATES.get(recipe, (0.0, 0.0))
-    done = train_checkpoint(
-        model,
-        to,
-        out,
-        start=start,
-        recipe=recipe,
-        schedule=Schedule(steps=steps, batch=batch, every=max(1, steps // 8), seed=seed, compute=compute, noise=noise),
-        text=text,
-        samples=samples,
-        length=length,
-        rates=(weights if lr is None else lr, rest if scale_lr is None else scale_lr),
-        overwrite=overwrite,
-        device=device,
-        on_point=say,
-    )
+    limit = parse_size(ram) if ram else None
+    with progress() as on_event:
+        done = train_checkpoint(
+            model,
+            to,
+            out,
+            start=start,
+            recipe=recipe,
+            schedule=Schedule(
+                steps=steps, batch=batch, every=max(1, steps // 8), seed=seed, compute=compute, noise=noise
+            ),
+            text=text,
+            samples=samples,
+            length=length,
+            rates=(weights if lr is None else lr, rest if scale_lr is None else scale_lr),
+            overwrite=overwrite,
+            device=device,
+            ram=limit,
+            on_event=on_event,
+        )
     if json:
         print_json("fewbit.train/1", done.record())
         return

@@ -1,4 +1,4 @@
-"""What training takes: weights, gradients, the optimiser's state and activations, for the usual recipes.
+"""What training takes: weights, gradients, the optimiser's state and activations, for the usual recipes and for training through the rounding.
 
 Full fine-tuning with Adam in 32 bits takes 16 bytes a parameter (weight 4, gradient 4, two moments 8); so does mixed precision with
 a 32-bit master copy (2 + 2 + 4 + 8). A 7B model: 112 GB before the first activation.
@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fewbit.base.errors import ResourceError
+from fewbit.plan.calibrated import CONTEXT_BYTES, MODEL_BYTES
 from fewbit.plan.memory import feed_forward
+from fewbit.plan.resources import BASE_BYTES, MARGIN
 from fewbit.plan.shapes import Model
 from fewbit.plan.sizes import STORAGES, size_of
 
@@ -62,6 +65,55 @@ class Training:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
+LOGIT_COPIES = 5  # float32 copies of a step's logits: both models', the loss's slope, their gradient, a piece's shares
+BLOCK_SHARE = 1 / 32  # scales and shifts that learn, as a share of the quantised weights: groups of 32 have no more
+ROUNDED = {
+    "full": "float32 student and teacher; all learns",
+    "floats": "codes stay; scales, norms, embeddings and head learn",
+    "scales": "codes, embeddings and head stay",
+}  # recipes of `fewbit train`
+
+
+def through_rounding(model: Model, recipe: str, tokens: int, quantised: int | None = None) -> Training:
+    """What `fewbit train` takes, the program itself left out: student and teacher in float32, what learns, and one step.
+
+    Args:
+        recipe: a key of `ROUNDED`. tokens: of a step. quantised: weights behind the rounding, None for what quantising takes by default.
+    """
+    if quantised is None:
+        quantised = sum(weight.numel for weight in model.weights if not weight.kept)
+    floating = model.params - quantised
+    learning = int({"full": model.params, "floats": floating}.get(recipe, 0) + BLOCK_SHARE * quantised)
+    values = quantised * (4 if recipe == "full" else 5)  # what the rounding makes of them; kept codes are a byte each
+    values += 4 * floating if recipe != "scales" else 0
+    logits = tokens * model.vocab_size
+    step = 2 * (activation_bytes(model, tokens, False) - 8 * logits) + 4 * LOGIT_COPIES * logits  # all in float32
+    return Training(
+        f"QAT, {recipe}", ROUNDED[recipe], learning, 8 * model.params + values, 4 * learning, 8 * learning, step, step
+    )
+
+
+def require_memory(model: Model, recipe: str, tokens: int, quantised: int, limit: int, device: str = "cpu") -> int:
+    """Refuses a `fewbit train` that will not fit. -> the bytes foretold, the program itself included.
+
+    Args:
+        recipe, tokens, quantised: as `through_rounding`. limit: bytes of main memory, or of the device's where that is not the CPU.
+
+    Raises:
+        ResourceError: FB-E0514.
+    """
+    program = BASE_BYTES + MODEL_BYTES if device == "cpu" else CONTEXT_BYTES
+    needed = through_rounding(model, recipe, tokens, quantised).total
+    if program + MARGIN * needed > limit:
+        where, allowed = ("", "--ram allows") if device == "cpu" else (f" of {device}'s memory", "are free there:")
+        most = (program + MARGIN * needed) / 1e9
+        what = (
+            f"recipe {recipe} with {tokens:,} tokens a step takes {most:.2f} GB{where}, {allowed} {limit / 1e9:.2f} GB"
+        )
+        raise ResourceError("FB-E0514", what)
+    return program + needed
+
+
 def adapter_params(model: Model, rank: int) -> int:
     """Parameters of low-rank adapters on every linear layer: rank x (in + out) each."""
     return sum(
@@ -91,7 +143,7 @@ def activation_bytes(model: Model, tokens: int, checkpointing: bool) -> int:
 
 
 def training(model: Model, *, sequence: int = 2048, batch: int = 1, rank: int = 16) -> tuple[Training, ...]:
-    """What every recipe of `RECIPES` takes for `batch` sequences of `sequence` tokens."""
+    """What every recipe of `RECIPES`, and training through the rounding, takes for `batch` sequences of `sequence` tokens."""
     tokens = sequence * batch
     rows = []
     for recipe in RECIPES:
@@ -103,4 +155,4 @@ def training(model: Model, *, sequence: int = 2048, batch: int = 1, rank: int = 
                 activation_bytes(model, tokens, False), activation_bytes(model, tokens, True),
             )
         )  # fmt: skip
-    return tuple(rows)
+    return (*rows, *(through_rounding(model, recipe, tokens) for recipe in ("full", "floats")))

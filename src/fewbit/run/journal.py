@@ -33,7 +33,7 @@ class Journal:
         self.notes: dict[str, dict[str, Any]] = {}
         lines = _whole_lines(path)
         if lines:
-            _check_identity(lines[0], identity, path)
+            check_identity(lines[0], identity, path)
             for line in lines[1:]:
                 (self.notes if line.get("kind") == "note" else self.done)[line["key"]] = line
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,12 +95,17 @@ def _length_of(path: Path, lines: int) -> int:
     return sum(len(raw) + 1 for raw in path.read_bytes().split(b"\n")[:lines])
 
 
-def _check_identity(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+def check_identity(found: dict[str, Any], wanted: dict[str, Any], path: Path, remedy: str | None = None) -> None:
+    """
+    Raises:
+        InputError: FB-E0411 when an interrupted run was begun as another one, naming the fields that differ.
+    """
     wanted = json.loads(canonical_json(wanted))
     differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
     if differing:
         shown = "; ".join(f"{key}: then {_short(found.get(key))}, now {_short(wanted.get(key))}" for key in differing)
-        raise InputError("FB-E0411", f"an interrupted run with other settings lies here: {shown}", file=path)
+        what = f"an interrupted run with other settings lies here: {shown}"
+        raise InputError("FB-E0411", what, file=path, remedy=remedy)
 
 
 def _short(value: Any) -> str:

@@ -29,7 +29,7 @@ def default_ram() -> int:
     return int(psutil.virtual_memory().available * 0.75)
 
 
-def _silent(event: Event) -> None:
+def silent(event: Event) -> None:
     """Takes no notice."""
 
 
@@ -51,7 +51,7 @@ class Settings:
     vram: int = 0
     device: str = "cpu"
     overwrite: bool = False
-    on_event: Callable[[Event], None] = _silent
+    on_event: Callable[[Event], None] = silent
 
 
 def settings(
@@ -59,7 +59,7 @@ def settings(
     workers: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
-    on_event: Callable[[Event], None] = _silent,
+    on_event: Callable[[Event], None] = silent,
     vram: int = 0,
 ) -> Settings:
     """Settings with defaults filled in from the machine."""

@@ -4,11 +4,13 @@
                     └──> teacher                                           ├─ distil ─> the same codes in the format asked for
     text ──> windows to learn from, a few to watch                         ┘
 
-What the format will hold decides what is trained: scales in its dtype, norms in the source's, so nothing is rounded on export.
+What the format will hold decides what is trained: scales in its dtype, norms in the source's, so nothing is rounded on export. All that can be refused is
+refused before the first step, and a run that is stopped or killed is finished by the same command (`run.training_kept`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
+import fewbit
 from fewbit.base.errors import InputError, Refusals
 from fewbit.formats.gguf.vocabulary import FILES as VOCABULARY_FILES
 from fewbit.formats.kinds import LEAF_GRID
@@ -26,11 +29,16 @@ from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import Scheme, leaf
 from fewbit.plan.recipe import Recipe as Wanted
 from fewbit.plan.resolve import resolve
+from fewbit.plan.shapes import model_from_manifest
+from fewbit.plan.training import require_memory
 from fewbit.run.calib import calibration
 from fewbit.run.hf import bind, build_model
+from fewbit.run.settings import Event, chosen_device, default_ram, device_bytes, silent
 from fewbit.run.source import Source, open_source
-from fewbit.run.trained import export, floats_from, start_from
-from fewbit.runtime.distil import Point, Schedule, fidelity, train
+from fewbit.run.stop import Stop
+from fewbit.run.trained import export, floats_from, plan_export, start_from
+from fewbit.run.training_kept import Kept
+from fewbit.runtime.distil import Point, Schedule, State, fidelity, train
 from fewbit.runtime.linear import weight_of
 from fewbit.runtime.load import fill
 from fewbit.runtime.qat import (
@@ -44,6 +52,7 @@ from fewbit.runtime.qat import (
     qtensors,
     trained_floats,
 )
+from fewbit.store.writer import check_output
 
 RATES = {
     "full": (1e-2, 1e-2),
@@ -97,9 +106,11 @@ def train_checkpoint(
     rates: tuple[float, float] | None = None,
     overwrite: bool = False,
     device: str = "cpu",
+    ram: int | None = None,
     on_point: Callable[[Point], None] | None = None,
+    on_event: Callable[[Event], None] = silent,
 ) -> Trained:
-    """Trains a float checkpoint behind the rounding of a format and writes it there.
+    """Trains a float checkpoint behind the rounding of a format and writes it there. A run that was stopped or killed is finished by the same call.
 
     Args:
         path: float checkpoint, the teacher too.
@@ -108,37 +119,121 @@ def train_checkpoint(
         recipe: full, floats (all but the codes) or scales (step sizes, norms and biases only).
         text, samples, length: what to learn from, as calibration text.
         rates: peak learning rates of weights and of the rest, instead of the recipe's.
+        device: where to train; auto is CUDA where there is one. ram: limit of resident memory, bytes; on CUDA, that of the device is what is free there.
+        on_point: called with each point of the curve. on_event: with what a run reports as it goes, as for quantize.
 
     Raises:
-        InputError: FB-E0410 for a quantised source, FB-E0914 for a start that does not fit, FB-E0913, FB-E0916, FB-E0917 as `prepare`, `train`, `export`.
-        Refusals: as `quantize`.
+        InputError: FB-E0410 for a quantised source, FB-E0914 for a start that does not fit, FB-E0913, FB-E0916, FB-E0917 as `prepare`, `train`, `export`;
+            FB-E0140, FB-E0141, FB-E0142 for the output; FB-E0411, FB-E0919 for the state of an interrupted run that is of another.
+        Refusals: as `quantize`. ResourceError: FB-E0514 for memory, FB-E0501, FB-E0502 for the disk. Interrupted: FB-E0511, resumable.
     """
     if recipe not in RATES:
         raise InputError("FB-E0913", f"recipes are {', '.join(RATES)}, got {recipe!r}")
-    with open_source(path) as source:
-        if source.quantised:
-            raise InputError(
-                "FB-E0410", "training starts from the float model; give the quantised one as start", file=path
-            )
-        scheme, names = decided(source, to)
+    device = chosen_device(device)
+    with open_source(path) as source, Stop().listening() as stop:
+        aim = _accept(source, to, path)
+        check_output(Path(out), [source.root], overwrite)
+        _require_memory(source, aim, recipe, schedule.batch * length, device, ram)
         student, teacher = (load_float(source).to(device) for _ in range(2))
         found = calibration(text, source.root, samples + WATCHED, length, schedule.seed, vocabulary(student))
         prepared = prepare(
             student,
-            scheme,
+            aim.scheme,
             recipe=cast("Recipe", recipe),
             start=None if start is None else take_start(student, start),
-            skip=[f"re:^{re.escape(t.name)}$" for t in find_targets(student) if t.name not in names],
+            skip=[f"re:^{re.escape(t.name)}$" for t in find_targets(student) if t.name not in aim.params],
             floats=_float_grids(source, student),
         )
         rates = rates or RATES[recipe]
-        curve = _learn(student, teacher, found.tokens, schedule, rates, on_point)
-        settings = {"recipe": recipe, "rates": list(rates), **asdict(schedule)}
-        settings |= {"start": None if start is None else str(start), "text": text, "samples": samples, "length": length}
-        facts = _facts(path, to, settings, curve)
-        weights = qtensors(student), trained_floats(student)
-        place = export(*weights, source, to.partition(":")[0], out, overwrite=overwrite, training=facts)
-    return Trained(place, str(scheme), prepared, tuple(curve), facts["tokens"], found.warnings)
+        learnt = {"recipe": recipe, "rates": list(rates), **asdict(schedule)}
+        settings = {**learnt, "start": None if start is None else str(start)}
+        settings |= {"text": text, "samples": samples, "length": length}
+        kept = Kept(Path(out), _identity(source, to, learnt, start, found.tokens), stop)
+        done = False
+        try:
+            kept.require_room(prepared.learning)
+            report = _Report(schedule, prepared, on_point, on_event)
+            curve = _learn(student, teacher, found.tokens, schedule, rates, report, kept)
+            facts = _facts(path, to, settings, curve)
+            weights = qtensors(student), trained_floats(student)
+            place = export(*weights, source, to.partition(":")[0], out, overwrite=overwrite, training=facts)
+            done = True
+        finally:
+            kept.close(done)
+    return Trained(place, str(aim.scheme), prepared, tuple(curve), facts["tokens"], found.warnings)
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What is to be made: the weights' scheme, the parameters that get it, and how many numbers they hold."""
+
+    scheme: Scheme
+    params: set[str]
+    quantised: int
+
+
+def _accept(source: Source, to: str, path: str | Path) -> Aim:
+    """The aim of a run, once the target is known to hold what will be trained."""
+    if source.quantised:
+        raise InputError("FB-E0410", "training starts from the float model; give the quantised one as start", file=path)
+    aim = decided(source, to)
+    slots = bind(build_model(source.config), source.manifest)
+    plan_export(source, aim.scheme, to.partition(":")[0], {n for n, slot in slots.items() if slot.param in aim.params})
+    return aim
+
+
+def _require_memory(source: Source, aim: Aim, recipe: str, tokens: int, device: str, ram: int | None) -> None:
+    """Refuses what will not fit where it is computed: main memory, or the device's."""
+    limit = device_bytes(device)
+    model = model_from_manifest(str(source.root), source.manifest, source.config)
+    require_memory(model, recipe, tokens, aim.quantised, ram or default_ram() if limit is None else limit, device)
+
+
+def _identity(
+    source: Source, to: str, learnt: dict[str, Any], start: str | Path | None, tokens: torch.Tensor
+) -> dict[str, Any]:
+    """What must be equal for an interrupted run to be gone on with; `learnt`: recipe, rates and schedule."""
+    begun = None
+    if start is not None:
+        with open_source(start) as opened:
+            begun = opened.fingerprint()
+    return {
+        "fewbit": fewbit.__version__,
+        "torch": torch.__version__.split("+")[0],
+        "source": source.fingerprint(),
+        "to": to,
+        "start": begun,
+        "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        **learnt,
+    }
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What is said of a run as it goes."""
+
+    schedule: Schedule
+    prepared: Prepared
+    on_point: Callable[[Point], None] | None
+    on_event: Callable[[Event], None]
+
+    def begins(self, state: State | None, tokens: int) -> None:
+        done = state.step if state else 0
+        begun = f", {done:,} done before" if done else ""
+        what = f"{self.schedule.steps:,} steps of {self.schedule.batch * tokens:,} tokens, {self.prepared.learning / 1e6:.1f} million numbers learn{begun}"
+        self.on_event({"event": "start", "total": self.schedule.steps, "done": done, "resumed": done, "text": what})
+
+    def point(self, point: Point) -> None:
+        loss = "" if point.step == 0 else f"  loss {point.loss:.4f}"
+        what = f"step {point.step:>6}  KL {point.measures['kl']:.5f}{loss}  {point.seconds:.0f} s"
+        self.on_event({"event": "note", "text": what})
+        if self.on_point is not None:
+            self.on_point(point)
+
+    def step(self, step: int, loss: float) -> None:
+        self.on_event(
+            {"event": "job", "name": f"step {step}, loss {loss:.4f}", "done": step, "total": self.schedule.steps}
+        )
 
 
 def _facts(path: str | Path, to: str, settings: dict[str, Any], curve: list[Point]) -> dict[str, Any]:
@@ -166,11 +261,19 @@ def _learn(
     tokens: torch.Tensor,
     schedule: Schedule,
     rates: tuple[float, float],
-    on_point: Callable[[Point], None] | None,
+    report: _Report,
+    kept: Kept,
 ) -> list[Point]:
     """Trains on all but the first sequences, which are watched; afterwards the student stays as it is. -> the curve."""
     watched = tokens[:WATCHED].to(next(student.parameters()).device).split(4)
     observe(student, watched)
+    state = kept.load()
+    report.begins(state, tokens.shape[1])
+
+    def after_step(step: int, loss: float, take: Callable[[], State]) -> None:
+        report.step(step, loss)
+        kept.after_step(take)
+
     curve = train(
         student,
         tokens[WATCHED:],
@@ -178,13 +281,15 @@ def _learn(
         teacher=teacher,
         groups=parameter_groups(student, *rates),
         evaluate=lambda model: fidelity(model, teacher, watched),
-        on_point=on_point,
+        on_point=report.point,
+        state=state,
+        after_step=after_step,
     )
     freeze(student)
     return curve
 
 
-def decided(source: Source, to: str) -> tuple[Scheme, set[str]]:
+def decided(source: Source, to: str) -> Aim:
     """The scheme that a target gives the weights, and the parameters that it quantises by default.
 
     Embedding and head stay in floating point, where they learn as they are; a GGUF recipe would give them a type of their own.
@@ -203,7 +308,7 @@ def decided(source: Source, to: str) -> tuple[Scheme, set[str]]:
     params = {slots[name].param for job in jobs for name in job.reads if name in slots}
     (scheme,) = schemes
     assert scheme is not None
-    return scheme, params
+    return Aim(scheme, params, sum(job.numel for job in jobs))
 
 
 def load_float(source: Source) -> nn.Module:

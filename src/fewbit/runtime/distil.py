@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from fewbit.base.errors import InputError
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
+SPREAD = 1_000_003  # between the random numbers of one seed's steps and the next seed's
 PIECE = 1 << 19  # logits that are looked at together: two megabytes stay in a core's cache
 
 
@@ -78,6 +80,26 @@ class Point:
         return {"step": self.step, "loss": loss, "seconds": round(self.seconds, 2), **self.measures}
 
 
+@dataclass(frozen=True)
+class State:
+    """Where a training run stands after `step` updates: what it takes to go on to the very same numbers.
+
+    Attributes:
+        tensors: of every parameter that learns its value (`value:NAME`) and the optimiser's averages (`exp_avg:NAME` …).
+        losses: since the last point of the curve. points: the curve so far. seconds: of training so far.
+    """
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    losses: tuple[float, ...]
+    points: tuple[Point, ...]
+    seconds: float
+
+
+AfterStep = Callable[[int, float, Callable[[], State]], None]
+"""Called after each update with the steps done, the loss, and what takes the state; an exception that it raises ends the run."""
+
+
 def train(
     student: nn.Module,
     tokens: torch.Tensor,
@@ -87,6 +109,8 @@ def train(
     groups: list[dict[str, Any]] | None = None,
     evaluate: Evaluate | None = None,
     on_point: Callable[[Point], None] | None = None,
+    state: State | None = None,
+    after_step: AfterStep | None = None,
 ) -> list[Point]:
     """Trains what of the student learns.
 
@@ -95,6 +119,8 @@ def train(
         tokens: int64 [windows, length].
         groups: of the optimiser, each with its peak `lr`; None for everything that learns at `schedule.lr`.
         evaluate: called before the first step, every `schedule.every` steps and after the last, in evaluation mode without gradients.
+        state: of an earlier run with the same arguments, to go on from; both together end as one run would have, bit for bit on one machine.
+        after_step: sees every step, and may keep the state.
 
     Returns:
         The curve, its first point before any update.
@@ -102,38 +128,101 @@ def train(
     Raises:
         InputError: FB-E0916 when nothing learns, there are too few windows, or the loss is not finite.
     """
-    params = [p for p in student.parameters() if p.requires_grad]
-    if not params or tokens.ndim != 2 or tokens.shape[0] < schedule.batch:
-        raise InputError(
-            "FB-E0916", f"{len(params)} parameters learn from {tuple(tokens.shape)} tokens, {schedule.batch} at a time"
-        )
-    groups = [dict(group) for group in groups] if groups else [{"params": params, "lr": schedule.lr}]
-    peaks = [group.get("lr", schedule.lr) for group in groups]
-    optimiser = torch.optim.AdamW(groups, lr=schedule.lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
+    run = _Run(student, tokens, schedule, groups)
     curve = _Curve(student, evaluate, on_point)
-    curve.add(0, float("nan"))
-    order = batches(tokens.shape[0], schedule.batch, schedule.seed)
-    generator = torch.Generator().manual_seed(schedule.seed)
+    if state is None:
+        curve.add(0, float("nan"))
+    else:
+        run.put_back(state)
+        curve.go_on(state)
     student.train()
-    losses: list[float] = []
-    for step in range(schedule.steps):
-        for group, peak in zip(optimiser.param_groups, peaks, strict=True):
-            group["lr"] = peak * schedule.share(step)
-        batch = disturbed(tokens[next(order)], tokens, schedule.noise, generator).to(params[0].device)
-        with torch.autocast(batch.device.type, torch.bfloat16, enabled=schedule.compute == "bfloat16"):
-            loss = loss_of(student, teacher, batch, schedule)
-        loss.backward()
-        losses.append(float(loss.detach()))
-        if not math.isfinite(losses[-1]):
-            raise InputError("FB-E0916", f"the loss is {losses[-1]} at step {step}: lower the learning rate")
-        torch.nn.utils.clip_grad_norm_(params, schedule.clip)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        if (step + 1) % schedule.every == 0 or step + 1 == schedule.steps:
-            curve.add(step + 1, sum(losses) / len(losses))
-            losses.clear()
+    while run.step < schedule.steps:
+        loss = run.update(teacher)
+        if run.step % schedule.every == 0 or run.step == schedule.steps:
+            curve.add(run.step, sum(run.losses) / len(run.losses))
+            run.losses.clear()
+        if after_step is not None:
+            after_step(run.step, loss, lambda: run.state(curve))
     student.eval()
     return curve.points
+
+
+class _Run:
+    """What a step needs and changes. Random numbers depend on the seed and the step alone, so a run can begin at any step."""
+
+    def __init__(
+        self, student: nn.Module, tokens: torch.Tensor, schedule: Schedule, groups: list[dict[str, Any]] | None
+    ) -> None:
+        self.student, self.tokens, self.schedule = student, tokens, schedule
+        self.params = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        if not self.params or tokens.ndim != 2 or tokens.shape[0] < schedule.batch:
+            what = f"{len(self.params)} parameters learn from {tuple(tokens.shape)} tokens, {schedule.batch} at a time"
+            raise InputError("FB-E0916", what)
+        groups = [dict(g) for g in groups or [{"params": list(self.params.values()), "lr": schedule.lr}]]
+        self.peaks = [group.get("lr", schedule.lr) for group in groups]
+        self.optimiser = torch.optim.AdamW(groups, lr=schedule.lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
+        self.order = batches(tokens.shape[0], schedule.batch, schedule.seed)
+        self.step = 0
+        self.losses: list[float] = []
+
+    def update(self, teacher: nn.Module | None) -> float:
+        """One step. -> its loss."""
+        schedule, device = self.schedule, next(iter(self.params.values())).device
+        for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * schedule.share(self.step)
+        seed = schedule.seed * SPREAD + self.step
+        noise = torch.Generator().manual_seed(seed)
+        batch = disturbed(self.tokens[next(self.order)], self.tokens, schedule.noise, noise).to(device)
+        bfloat16 = schedule.compute == "bfloat16"
+        with _seeded(seed, device), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            loss = loss_of(self.student, teacher, batch, schedule)
+        loss.backward()
+        self.losses.append(float(loss.detach()))
+        if not math.isfinite(self.losses[-1]):
+            raise InputError("FB-E0916", f"the loss is {self.losses[-1]} at step {self.step}: lower the learning rate")
+        torch.nn.utils.clip_grad_norm_(self.params.values(), schedule.clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        return self.losses[-1]
+
+    def state(self, curve: _Curve) -> State:
+        """The present state. Its tensors are the run's own: write them before the next step."""
+        tensors = {f"value:{name}": param.detach() for name, param in self.params.items()}
+        for name, param in self.params.items():
+            tensors |= {f"{key}:{name}": value for key, value in self.optimiser.state[param].items()}
+        return State(self.step, tensors, tuple(self.losses), tuple(curve.points), curve.seconds())
+
+    @torch.no_grad()
+    def put_back(self, state: State) -> None:
+        """Goes to where `state` was taken.
+
+        Raises:
+            InputError: FB-E0919 when it is of other parameters.
+        """
+        shapes = {name: param.shape for name, param in self.params.items()}
+        found = {key.partition(":")[2]: t.shape for key, t in state.tensors.items() if key.startswith("value:")}
+        if shapes != found:
+            differing = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+            raise InputError("FB-E0919", "the state is of other parameters", tensor=differing[0])
+        for key, tensor in state.tensors.items():
+            kind, _, name = key.partition(":")
+            param = self.params[name]
+            if kind == "value":
+                param.copy_(tensor)
+            else:
+                self.optimiser.state[param][kind] = tensor.to(param.device)
+        self.step, self.losses = state.step, list(state.losses)
+        for _ in range(state.step):
+            next(self.order)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """What a model draws in here (dropout) follows from the seed; the process's own random numbers are left as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 class _Curve:
@@ -143,6 +232,14 @@ class _Curve:
         self.student, self.evaluate, self.on_point = student, evaluate, on_point
         self.points: list[Point] = []
         self.started, self.paused = time.monotonic(), 0.0
+
+    def seconds(self) -> float:
+        """Of training so far."""
+        return time.monotonic() - self.started - self.paused
+
+    def go_on(self, state: State) -> None:
+        """Takes over an earlier run's points and time."""
+        self.points, self.paused = list(state.points), self.paused - state.seconds
 
     def add(self, step: int, loss: float) -> None:
         at = time.monotonic()

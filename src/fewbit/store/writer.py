@@ -109,7 +109,7 @@ class ShardWriter:
             what = f"{self.partial} holds files that are not of an unfinished run"
             raise InputError("FB-E0142", what, file=self.partial)
         self.scratch.mkdir(parents=True, exist_ok=True)
-        self._lock_fd = _lock(self.scratch / "lock")
+        self._lock_fd = lock(self.scratch / "lock")
         expected = {"digest": self.layout.digest(), "files": [shard.name for shard in self.layout.shards]}
         if record.exists():
             if strictjson.load_object(record, "FB-E0142") != expected:
@@ -341,8 +341,12 @@ def _sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def _lock(path: Path) -> int:
-    """Holds a file locked for as long as it is open; a second writer on the same output is refused."""
+def lock(path: Path) -> int:
+    """Holds a file locked for as long as it is open; a second writer on the same output is refused.
+
+    Raises:
+        InputError: FB-E0142.
+    """
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         import fcntl
@@ -352,7 +356,7 @@ def _lock(path: Path) -> int:
         pass
     except OSError:
         os.close(fd)
-        raise InputError("FB-E0142", "another run is writing this output now", file=path.parent.parent) from None
+        raise InputError("FB-E0142", "another run is writing this output now", file=path) from None
     return fd
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from fewbit.base.errors import InputError
+from fewbit.base.errors import InputError, ResourceError
 from fewbit.plan.devices import GIB, Device, device_named, devices
 from fewbit.plan.kv import kv_bytes, kv_layers
 from fewbit.plan.memory import Use, activation_bytes, fits, longest_context, needed, offload, quantize_cost
 from fewbit.plan.shapes import Model
 from fewbit.plan.sizes import STORAGES, size_of
 from fewbit.plan.throughput import decode_bytes, matmul_params, prefill_operations, speed
-from fewbit.plan.training import RECIPES, adapter_params, training
+from fewbit.plan.training import RECIPES, adapter_params, require_memory, through_rounding, training
 
 from .models import PUBLISHED, model_of
 from .test_sizes import one_matrix
@@ -96,12 +96,27 @@ def test_lora_trains_rank_times_in_plus_out() -> None:
 
 
 def test_checkpointing_saves_activations() -> None:
-    for row in training(model_of("llama-3.1-8b"), sequence=4096):
+    for row in training(model_of("llama-3.1-8b"), sequence=4096)[: len(RECIPES)]:
         assert row.checkpointed < row.activations
         assert row.total < row.total_unchecked
     longer, shorter = training(model_of("qwen3-8b"), sequence=4096), training(model_of("qwen3-8b"), sequence=2048)
     assert longer[0].activations == 2 * shorter[0].activations
-    assert {recipe.label for recipe in RECIPES} == {row.label for row in longer}
+    assert {recipe.label for recipe in RECIPES} | {"QAT, full", "QAT, floats"} == {row.label for row in longer}
+
+
+def test_training_through_the_rounding_holds_two_float_models() -> None:
+    model = model_of("llama-3.1-8b")
+    full, floats, scales = (through_rounding(model, recipe, 2048) for recipe in ("full", "floats", "scales"))
+    # student and teacher 8, values 4, gradient 4, averages 8 bytes of every number, and a few for the scales
+    assert 24 * model.params < full.total - full.activations < 25 * model.params
+    embeddings = 2 * 128_256 * 4096  # with the head, which is not tied
+    assert floats.trained - scales.trained == pytest.approx(embeddings, rel=0.01)
+    assert scales.total < floats.total < full.total
+    with pytest.raises(ResourceError, match=r"FB-E0514 recipe full with 2,048 tokens .* --ram allows 64.00 GB"):
+        require_memory(model, "full", 2048, 7_000_000_000, 64 * 10**9)
+    with pytest.raises(ResourceError, match="of cuda's memory, are free there: 80.00 GB"):
+        require_memory(model, "full", 2048, 7_000_000_000, 80 * 10**9, "cuda")
+    assert require_memory(model, "scales", 2048, 7_000_000_000, 160 * 10**9) < 160e9
 
 
 def test_int8_tensor_cores_run_twice_fp16s_rate() -> None:
