@@ -136,14 +136,7 @@ def train_checkpoint(
         _require_memory(source, aim, recipe, schedule.batch * length, device, ram)
         student, teacher = (load_float(source).to(device) for _ in range(2))
         found = calibration(text, source.root, samples + WATCHED, length, schedule.seed, vocabulary(student))
-        prepared = prepare(
-            student,
-            aim.scheme,
-            recipe=cast("Recipe", recipe),
-            start=None if start is None else take_start(student, start),
-            skip=[f"re:^{re.escape(t.name)}$" for t in find_targets(student) if t.name not in aim.params],
-            floats=_float_grids(source, student),
-        )
+        prepared = _prepare(student, source, aim, cast("Recipe", recipe), start)
         rates = rates or RATES[recipe]
         learnt = {"recipe": recipe, "rates": list(rates), **asdict(schedule)}
         settings = {**learnt, "start": None if start is None else str(start)}
@@ -161,6 +154,18 @@ def train_checkpoint(
         finally:
             kept.close(done)
     return Trained(place, str(aim.scheme), prepared, tuple(curve), facts["tokens"], found.warnings)
+
+
+def _prepare(student: nn.Module, source: Source, aim: Aim, recipe: Recipe, start: str | Path | None) -> Prepared:
+    """Puts the aim's rounding on a student, from where an earlier result left it."""
+    return prepare(
+        student,
+        aim.scheme,
+        recipe=recipe,
+        start=None if start is None else take_start(student, start),
+        skip=[f"re:^{re.escape(t.name)}$" for t in find_targets(student) if t.name not in aim.params],
+        floats=_float_grids(source, student),
+    )
 
 
 @dataclass(frozen=True)
