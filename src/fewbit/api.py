@@ -16,7 +16,7 @@ from fewbit.base.errors import FewbitError, InputError, QualityError, Refusals, 
 from fewbit.formats.gguf.vocabulary import FILES as VOCABULARY_FILES
 from fewbit.plan.calibrated import calibrated_budget
 from fewbit.plan.jobs import Plan
-from fewbit.plan.recipe import Recipe, recipe_from
+from fewbit.plan.recipe import Recipe, parse_size, recipe_from
 from fewbit.plan.resolve import resolve
 from fewbit.plan.resources import budget
 from fewbit.run.result import Result
@@ -50,10 +50,10 @@ def plan_quantize(
     model: str | Path,
     recipe: Recipe | None = None,
     *,
-    out: Path | None = None,
-    ram: int | None = None,
+    out: str | Path | None = None,
+    ram: int | str | None = None,
     workers: int | None = None,
-    vram: int = 0,
+    vram: int | str = 0,
     device: str = "auto",
     revision: str | None = None,
     **fields: Any,
@@ -64,7 +64,7 @@ def plan_quantize(
         model: folder, file or hub id.
         recipe: or its fields as keyword arguments: to="gguf:Q4_K_M", method="gptq" …
         out: output folder, to check disk space.
-        ram: hard limit of resident memory, bytes.
+        ram: hard limit of resident memory, bytes or a size such as 8GB.
         vram, device: the same of device memory, 0 for what is free; and where calibrated methods compute: cpu, cuda, cuda:1 … or auto.
 
     Raises:
@@ -72,7 +72,13 @@ def plan_quantize(
     """
     chosen = as_recipe(recipe, fields)
     with open(model, revision=revision) as source:
-        return _decide(_rewritten(source, chosen), str(model), chosen, out, Limits(ram, workers, vram, device))
+        limits = Limits(_bytes(ram), workers, _bytes(vram) or 0, device)
+        return _decide(_rewritten(source, chosen), str(model), chosen, None if out is None else Path(out), limits)
+
+
+def _bytes(size: int | str | None) -> int | None:
+    """A size as a number of bytes."""
+    return parse_size(size) if isinstance(size, str) else size
 
 
 @dataclass(frozen=True)
@@ -158,8 +164,8 @@ def quantize(
     recipe: Recipe | None = None,
     *,
     out: str | Path,
-    ram: int | None = None,
-    vram: int = 0,
+    ram: int | str | None = None,
+    vram: int | str = 0,
     device: str = "auto",
     workers: int | None = None,
     overwrite: bool = False,
@@ -177,14 +183,16 @@ def quantize(
     from fewbit.run.engine import run_plan
     from fewbit.run.limits import device_memory
     from fewbit.run.settings import folder_bytes, require_device, settings
+    from fewbit.run.start import check_inputs
 
-    out = Path(out)
+    out, ram, vram = Path(out), _bytes(ram), _bytes(vram) or 0
     chosen = as_recipe(recipe, fields)
     with open(model, revision=revision) as stored:
         source = _rewritten(stored, chosen)
         plan = _decide(source, str(model), chosen, out, Limits(ram, workers, vram, device))
         how = settings(ram, workers, device, overwrite, **({"on_event": on_event} if on_event else {}), vram=vram)
         require_device(how.device)
+        check_inputs(plan, source)
         by_blocks = None
         if plan.needs:
             from fewbit.run.block import calibrated
@@ -235,15 +243,23 @@ def quantize_tensor(
         w: floating [..., out, in].
         scheme: spelling or preset.
         method: solver; `stats` are its calibration statistics where it needs some; `options` are its options.
+
+    Raises:
+        InputError: FB-E0707 when `w` is no floating tensor with numbers in it; FB-E06 and FB-E0704 for the words.
     """
+    import torch
+
     from fewbit.num.scheme import parse_scheme
     from fewbit.solve.table import solver_named
 
+    if not isinstance(w, torch.Tensor) or not w.is_floating_point() or not w.numel():
+        given = f"{w.dtype} of {tuple(w.shape)}" if isinstance(w, torch.Tensor) else f"a {type(w).__name__}"
+        raise InputError("FB-E0707", f"a floating tensor with numbers in it is needed, got {given}")
     return solver_named(method)(w, stats, parse_scheme(scheme), seed=seed, options=options).q
 
 
 def evaluate(candidates: str | Path | list[str | Path], base: str | Path, **options: Any) -> Any:
-    """Fidelity of candidates against a base on a text; see `eval.compare.evaluate`."""
+    """Fidelity of candidates against a base on a text; arguments as the fields of `eval.fidelity.Options`."""
     from fewbit.eval.fidelity import evaluate as run
 
     return run([candidates] if isinstance(candidates, (str, Path)) else candidates, base, **options)

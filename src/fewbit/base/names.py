@@ -6,14 +6,23 @@ import fnmatch
 import functools
 import re
 
+from fewbit.base.errors import InputError
+
 _NUMBER = re.compile(r"(\d+)")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block|blk)\.(\d+)\.")
 
 
 @functools.lru_cache(maxsize=4096)
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """A pattern as a compiled expression: `re:…` is a regular expression (searched), anything else a glob of the whole name."""
-    return re.compile(pattern[3:]) if pattern.startswith("re:") else re.compile(fnmatch.translate(pattern))
+    """A pattern as a compiled expression: `re:…` is a regular expression (searched), anything else a glob of the whole name.
+
+    Raises:
+        InputError: FB-E0404 for what is no regular expression.
+    """
+    try:
+        return re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
+    except re.error as error:
+        raise InputError("FB-E0404", f"the pattern {pattern!r} is no regular expression: {error}") from None
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -19,7 +19,7 @@ Base = Annotated[str, typer.Option(help="the model that they shall equal")]
 Text = Annotated[
     str, typer.Option(help="text file, jsonl, parquet, `default` (bundled, held out), or dataset `name#split`")
 ]
-Count = Annotated[int | None, typer.Option(min=1, help="tokens to use at most")]
+Count = Annotated[int | None, typer.Option(min=1, help="tokens to use, rounded up to whole windows")]
 Length = Annotated[int, typer.Option(min=2, help="window length, tokens")]
 Skip = Annotated[
     int, typer.Option(min=0, help="positions at a window's start not scored; half the length is llama.cpp's way")
@@ -38,7 +38,7 @@ EngineName = Annotated[
 ]
 EnginePython = Annotated[str | None, typer.Option(help="interpreter that has the engine")]
 Look = Annotated[
-    int | None, typer.Option(min=0, help="candidates to look at layer by layer [default: 1 with --report, else 0]")
+    int | None, typer.Option(min=0, help="candidates to look at layer by layer (default: 1 with --report, else 0)")
 ]
 Report = Annotated[Path | None, typer.Option(help="folder for report.html and report.json")]
 Card = Annotated[bool, typer.Option("--card", help="write a model card, README.md, into each candidate's folder")]
@@ -76,8 +76,12 @@ def command(
     from fewbit.eval.fidelity import Options, study
     from fewbit.plan.recipe import parse_size
     from fewbit.report.scores import study_page
+    from fewbit.store.writer import check_place
 
     limit = parse_size(ram) if ram else None
+    for place in (report, _folder(cache)):
+        if place is not None:
+            check_place(place)  # before the long work
     looks = look if look is not None else int(report is not None)
     wishes = Wishes(generate, tuple(task for task in tasks.split(",") if task), task_limit, embed)
     options = Options(text, tokens, length, skip, chat, device, limit, _folder(cache), noise, looks, wishes)
@@ -89,7 +93,7 @@ def command(
     if card:
         write_cards(record)
     print_json("fewbit.eval/1", record) if json else print(study_page(record))
-    _gate(made, max_kl)
+    _gate(made, max_kl, json)
 
 
 def _folder(cache: str) -> Path | None:
@@ -99,11 +103,15 @@ def _folder(cache: str) -> Path | None:
     return {"auto": default_folder(), "off": None}.get(cache, Path(cache))
 
 
-def _gate(made: Study, max_kl: float | None) -> None:
-    """Raises QualityError FB-E0803 when a candidate loses more than is allowed."""
+def _gate(made: Study, max_kl: float | None, json: bool) -> None:
+    """Raises QualityError FB-E0803 when a candidate loses more than is allowed; with `json` the one document is printed already, so stderr says it."""
     from fewbit.base.errors import QualityError
 
     for score in made.scores:
         kl = score.measures["kl"][0]
         if max_kl is not None and not kl <= max_kl:
-            raise QualityError("FB-E0803", f"mean KL {kl:.5f} exceeds {max_kl}", file=score.name)
+            error = QualityError("FB-E0803", f"mean KL {kl:.5f} exceeds {max_kl}", file=score.name)
+            if not json:
+                raise error
+            print(error, file=sys.stderr)
+            raise typer.Exit(error.exit_status)

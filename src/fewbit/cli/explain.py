@@ -83,7 +83,7 @@ def format_(
 def number(
     value: Annotated[float, typer.Argument(help="a number")],
     formats: Annotated[
-        list[str] | None, typer.Argument(help="formats [default: the usual ones]", show_default=False)
+        list[str] | None, typer.Argument(help="formats (default: the usual ones)", show_default=False)
     ] = None,
     html: Html = None,
     json: Json = False,

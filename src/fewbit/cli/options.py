@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from fewbit.base.errors import InputError
 from fewbit.plan.recipe import Recipe, parse_option, parse_rule, recipe_from, recipe_from_yaml
 
 FLAG_NAMES = {"options": "--set", "rules": "--rule"}
@@ -63,15 +64,21 @@ def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
 
 def build_recipe(file: Path | None, fields: dict[str, Any]) -> Recipe:
     """A recipe from a file and flags; flags that were not given are None (or empty lists)."""
-    base = (
-        recipe_from_yaml(file.read_text(encoding="utf-8"), file=file).model_dump(exclude_defaults=True) if file else {}
-    )
+    base = _recipe_file(file).model_dump(exclude_defaults=True) if file else {}
     given = {name: value for name, value in fields.items() if value not in (None, [])}
     if "options" in given:
         given["options"] = {**base.get("options", {}), **dict(parse_option(text) for text in given["options"])}
     if "rules" in given:
         given["rules"] = [*base.get("rules", ()), *(parse_rule(text).model_dump() for text in given["rules"])]
     return recipe_from({**base, **given})
+
+
+def _recipe_file(file: Path) -> Recipe:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("FB-E0401", f"the recipe cannot be read: {error}", file=file) from None
+    return recipe_from_yaml(text, file=file)
 
 
 def _flag_type(annotation: Any) -> Any:
@@ -83,5 +90,5 @@ def _flag_type(annotation: Any) -> Any:
 
 def _help(info: Any) -> str:
     default = info.get_default(call_default_factory=True)
-    shown = "" if default in (None, (), {}, False) else f" [default: {default}]"
+    shown = "" if default in (None, (), {}, False) else f" (default: {default})"
     return f"{info.description}{shown}"

@@ -20,10 +20,10 @@ def command(
         Path | None, typer.Option("--out", "-o", help="output folder; several outputs get a folder each in it")
     ] = None,
     ram: Annotated[
-        str | None, typer.Option(help="hard limit of resident memory, e.g. 8GB [default: 3/4 of what is free]")
+        str | None, typer.Option(help="hard limit of resident memory, e.g. 8GB (default: 3/4 of what is free)")
     ] = None,
     vram: Annotated[
-        str | None, typer.Option(help="limit of device memory, e.g. 20GB [default: 9/10 of what is free]")
+        str | None, typer.Option(help="limit of device memory, e.g. 20GB (default: 9/10 of what is free)")
     ] = None,
     device: Annotated[
         str, typer.Option(help="where calibrated methods compute: cpu, cuda, cuda:1 …, or auto")

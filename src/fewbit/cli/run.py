@@ -14,6 +14,7 @@ from fewbit.cli.output import print_json
 if TYPE_CHECKING:
     import torch
 
+    from fewbit.run.calib import Tokens
     from fewbit.run.source import Source
 
 
@@ -35,7 +36,7 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout at the end")] = False,
 ) -> None:
     """Generates text in this process, quantised weights staying quantised; tokens per second and memory on stderr."""
-    from fewbit.run.calib import Document, Tokens
+    from fewbit.run.calib import Document
 
     if (file := _for_llamacpp(model, engine)) is not None:
         record = _through_llamacpp(file, prompt, chat, not json, (tokens, temperature, top_p, seed))
@@ -43,7 +44,7 @@ def command(
         print_json("fewbit.run/1", record) if json else print(_summary(record), file=sys.stderr)
         return
     with _open(model) as source:
-        tokenizer = Tokens(tokenizer_from or (source.root if source.root.is_dir() else source.root.parent))
+        tokenizer = _tokenizer(source, tokenizer_from)
         module, facts = _load(source, dtype)
         config = source.config
     ids = tokenizer.ids(Document("" if chat else prompt, ({"role": "user", "content": prompt},) if chat else ()))
@@ -127,6 +128,26 @@ def _open(model: str) -> Source:
 
     source = open_source(model)
     return GgufAsCheckpoint(source) if isinstance(source.checkpoint.manifest, GgufManifest) else source
+
+
+def _tokenizer(source: Source, folder: Path | None) -> Tokens:
+    """The tokenizer of a folder, of the checkpoint's own, or the one that a GGUF file holds."""
+    import tempfile
+
+    from fewbit.base.errors import InputError
+    from fewbit.base.record import readable_json
+    from fewbit.run.calib import Tokens
+    from fewbit.run.gguf_source import GgufAsCheckpoint
+
+    if folder is not None and not folder.is_dir():
+        raise InputError("FB-E0731", f"--tokenizer is a folder with a tokenizer, {folder} is none", file=folder)
+    place = folder or (source.root if source.root.is_dir() else source.root.parent)
+    if folder is not None or not isinstance(source, GgufAsCheckpoint) or any(place.glob("tokenizer*")):
+        return Tokens(place)
+    with tempfile.TemporaryDirectory() as made:
+        for name, data in source.small_files.items():
+            (Path(made) / name).write_text(readable_json(data), encoding="utf-8")
+        return Tokens(Path(made))
 
 
 def _load(source: Source, word: str) -> tuple[Any, dict[str, Any]]:

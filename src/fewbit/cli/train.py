@@ -36,7 +36,7 @@ def command(
         float, typer.Option(min=0, max=0.99, help="share of the tokens replaced by random ones in every second window")
     ] = 0.0,
     ram: Annotated[
-        str | None, typer.Option(help="hard limit of resident memory, e.g. 8GB [default: 3/4 of what is free]")
+        str | None, typer.Option(help="hard limit of resident memory, e.g. 8GB (default: 3/4 of what is free)")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …, or auto")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output")] = False,

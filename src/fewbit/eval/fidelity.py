@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from fewbit.eval.stream import Runner, States, rows_of
 from fewbit.eval.windows import Windows, windows
 from fewbit.run.acts import ActStore
 from fewbit.run.calib import Tokens
+from fewbit.run.settings import chosen_device, require_device
 from fewbit.run.source import Source, open_source
 
 NOISE_TOKENS = 4096
@@ -242,10 +243,12 @@ def study(
         engine: an `engines.Engine`; candidates run through it too.
 
     Raises:
-        InputError: FB-E0801 for a text too short; FB-E0802 when a candidate has another vocabulary; FB-E0805 for a GGUF of another model.
+        InputError: FB-E0513 for a device that is not there; FB-E0801 for a text too short; FB-E0802 when a candidate has another vocabulary; FB-E0805 for a GGUF of another model.
         ResourceError: FB-E0813 when `ram` cannot be held, before any work.
     """
     tell = say or (lambda _line: None)
+    options = replace(options, device=chosen_device(options.device))
+    require_device(options.device)
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(open_source(base))
         opened: list[Source | GgufView] = []
@@ -366,7 +369,15 @@ def noise_floor(source: Source, reference: Reference, options: Options, say: Say
 def evaluate(
     candidates: Sequence[str | Path], base: str | Path, *, on_progress: Say | None = None, **options: Any
 ) -> list[Score]:
-    """Scores of candidates against a base; arguments as the fields of `Options`. See `study`."""
+    """Scores of candidates against a base; arguments as the fields of `Options`. See `study`.
+
+    Raises:
+        InputError: FB-E0814 for an argument that is none of these; as `study`.
+    """
+    known = [field.name for field in fields(Options)]
+    odd = sorted(options.keys() - set(known))
+    if odd:
+        raise InputError("FB-E0814", f"there is no argument {odd[0]!r}; there are {', '.join(known)}")
     return study(candidates, base, Options(**options), on_progress).scores
 
 

@@ -56,11 +56,16 @@ def verify(
         engine: a real loader that opens it in a process of its own, see `eval.engines`.
         python: interpreter of the environment that has the engine; None for our own.
         limit: findings of one kind after which counting stops.
+
+    Raises:
+        InputError: FB-E0120, FB-E0130, FB-E0131 when there is no such checkpoint.
     """
     place = Path(path)
     try:
         source = open_source(path)
     except FewbitError as error:
+        if error.code in ("FB-E0120", "FB-E0130", "FB-E0131"):  # nothing is there to verify
+            raise
         kind = "config" if error.code.startswith("FB-E06") else "opens"
         return Verified(place, findings=(Finding(kind, error.tensor or "", f"{error.message} ({error.code})"),))
     opened = None

@@ -85,6 +85,7 @@ class Format:
         ordered: whether columns may be stored in an order of their own (GPTQ's g_idx).
         kv_scale: (attention module, "k" or "v") -> name of the stored scale of cached keys or values; None where the format has no place for one.
         conform: (scheme, model dtype) -> the scheme as this format stores it (e.g. scales in the model's dtype).
+        options: what may follow the scheme in a target: name -> the words that it may be, none for any word.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Format:
     one_scheme: bool = False
     ordered: bool = False
     kv_scale: Callable[[str, str], str] | None = None
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 # name -> module that defines FORMAT (or module:NAME of the row); the order is the order of detection and of `fewbit formats`
@@ -138,6 +140,20 @@ def format_named(name: str) -> Format:
         raise InputError("FB-E0604", f"no format is called {name!r}; there are {', '.join(_ROWS)}")
     module, _, row = _ROWS[name].partition(":")
     return getattr(importlib.import_module(module), row or "FORMAT")
+
+
+def check_options(form: Format, options: Mapping[str, str]) -> None:
+    """
+    Raises:
+        InputError: FB-E0403 for an option that a target's format does not have, or a word that it cannot be.
+    """
+    for name, word in options.items():
+        if name not in form.options:
+            has = f"it has {', '.join(form.options)}" if form.options else "it has none"
+            raise InputError("FB-E0403", f"format {form.name} has no option {name!r}; {has}")
+        words = form.options[name]
+        if words and word not in words:
+            raise InputError("FB-E0403", f"option {name} of format {form.name} is {' or '.join(words)}, got {word!r}")
 
 
 def detect(config: dict[str, Any], manifest: Manifest) -> tuple[Format, dict[str, Stored]] | None:

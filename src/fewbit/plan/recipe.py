@@ -149,9 +149,12 @@ def parse_rule(text: str) -> Rule:
 def parse_option(text: str) -> tuple[str, OptionValue]:
     """A solver option of the form name=value; the value is read as YAML (`true`, `0.01`, `64`, `descending`)."""
     name, sign, value = text.partition("=")
-    if not sign or not name:
+    if not sign or not name or not value.strip():
         raise InputError("FB-E0405", f"{text!r} is not of the form name=value")
-    return name, yaml.safe_load(value)
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError("FB-E0405", f"the value of {text!r} cannot be read") from None
 
 
 def recipe_from(data: dict[str, Any], *, file: object = None) -> Recipe:

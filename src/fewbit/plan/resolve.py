@@ -5,7 +5,7 @@ Nothing here opens a file. All reasons to refuse are gathered and raised togethe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +13,9 @@ from fewbit.arch.infer import TensorFacts, facts, family_for, model_type_of
 from fewbit.arch.rewrite_table import check as check_rewrites
 from fewbit.base.errors import FewbitError, InputError, Refusals
 from fewbit.base.manifest import Manifest, TensorInfo
-from fewbit.base.names import matches
+from fewbit.base.names import compile_pattern, matches
 from fewbit.formats.kinds import kv_scale
-from fewbit.formats.table import Assignment, Format, format_named
+from fewbit.formats.table import Assignment, Format, check_options, format_named
 from fewbit.num.blocks import TENSOR
 from fewbit.num.scheme import Scheme, parse_scheme
 from fewbit.plan.gguf import resolve_gguf
@@ -90,6 +90,10 @@ def resolve(
     """
     errors: list[FewbitError] = []
     warnings: list[str] = []
+    for rule in recipe.rules:
+        _gather(errors, compile_pattern, rule.pattern)
+    if errors:  # nothing can be matched with these
+        raise Refusals(errors)
     known = facts(manifest, config)
     if family_for(config) is None:
         warnings.append(
@@ -107,6 +111,7 @@ def resolve(
             errors += refused.errors
         except FewbitError as error:
             errors.append(error)
+    errors += _idle_rules(manifest, recipe, outputs)
     for output in outputs:
         if recipe.kv and format_named(output.format).kv_scale is None:
             warnings.append(f"{output.target}: {output.format} has no place for scales of cached keys and values")
@@ -141,6 +146,7 @@ def _resolve_target(
     """One output, and what is worth saying of it."""
     name, spelling, options = parse_target(target)
     form = format_named(name)
+    check_options(form, options)
     spelling = spelling or form.default_scheme
     if form.container == "gguf":
         label = source.rstrip("/").rpartition("/")[2] or "model"
@@ -158,6 +164,18 @@ def _tower_warning(manifest: Manifest, known: Mapping[str, TensorFacts], recipe:
     size = sum(info.nbytes for info in towers) / 1e6
     return [
         f"{len(towers)} matrices of the vision or audio tower ({size:,.1f} MB) stay in high precision; --include tower quantises them too"
+    ]
+
+
+def _idle_rules(manifest: Manifest, recipe: Recipe, outputs: Sequence[Output]) -> list[FewbitError]:
+    """What is wrong with rules that match no tensor; they may name tensors as the checkpoint or as a GGUF does."""
+    names = [*manifest, *(job.target for output in outputs if output.format == "gguf" for job in output.jobs)]
+    return [
+        InputError(
+            "FB-E0407", f"the rule {rule.pattern!r} matches no tensor", remedy="see the names with `fewbit inspect`"
+        )
+        for rule in recipe.rules
+        if not any(matches(rule.pattern, name) for name in names)
     ]
 
 
@@ -182,16 +200,7 @@ def _check_recipe(
             faults = [SOLVERS[method].fault(name, value) for name, value in given.items()]
             errors += [InputError("FB-E0405", fault) for fault in faults if fault]
     errors += check_rewrites(recipe.rewrites, recipe.options)
-    gguf = any(target.startswith("gguf") for target in recipe.to)  # rules may name tensors as the GGUF does
     for rule in recipe.rules:
-        if not gguf and not any(matches(rule.pattern, name) for name in manifest):
-            errors.append(
-                InputError(
-                    "FB-E0407",
-                    f"the rule {rule.pattern!r} matches no tensor",
-                    remedy="see the names with `fewbit inspect`",
-                )
-            )
         if rule.scheme != "keep":
             _gather(errors, parse_scheme, rule.scheme)
     roles = {item.role for item in known.values()}

@@ -22,6 +22,7 @@ import torch
 from fewbit.base.errors import InputError
 
 TEXT_KEYS = ("text", "content", "document", "prompt", "instruction")
+FILES = (".txt", ".json", ".jsonl", ".parquet", ".gz", ".md")  # names that end so are files, not datasets
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ def read_documents(name: str) -> list[Document]:
     path = Path(name).expanduser()
     if path.is_file():
         found = _read_file(path)
+    elif path.is_absolute() or name.startswith((".", "~")) or path.suffix in FILES or path.exists():
+        what = "is a folder, a file is needed" if path.is_dir() else "is not there"
+        raise InputError("FB-E0730", f"the text {name!r} {what}", file=path)
     else:
         found = _read_dataset(name)
     if not any(doc.text.strip() or doc.messages for doc in found):
@@ -76,7 +80,7 @@ def _read_file(path: Path) -> list[Document]:
 
             return [_document(row) for row in parquet.read_table(path).to_pylist()]
         text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ImportError) as error:
+    except (OSError, ValueError, ImportError) as error:  # what is no UTF-8 and no parquet is a ValueError
         raise InputError("FB-E0730", f"the calibration text cannot be read: {error}", file=path) from None
     if path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
         return list(_json_lines(text, path))
@@ -154,7 +158,7 @@ class Tokens:
         except Exception as error:  # whatever a tokenizer file provokes is bad input, named as such
             raise InputError(
                 "FB-E0731",
-                f"no tokenizer can be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                f"no tokenizer can be loaded: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
                 file=root,
             ) from None
 

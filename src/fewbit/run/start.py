@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fewbit.arch.rewrite_table import needs_of
 from fewbit.base.errors import InputError
 from fewbit.plan.calibrated import BATCH_TOKENS, SPILL_SHARE, in_bfloat16, is_big
+from fewbit.plan.jobs import Plan
 from fewbit.run.acts import ActStore
 from fewbit.run.calib import Calibration, calibration
 from fewbit.run.hf import BlockModel, Params, Read
+from fewbit.run.imatrix import read_imatrix
 from fewbit.run.lanes import LANES
 from fewbit.run.source import Source
 
@@ -39,14 +43,7 @@ def text_for(source: Source, recipe: dict[str, Any], sink: Sink) -> Calibration:
     Raises:
         InputError: FB-E0411 when the text has changed since.
     """
-    text = calibration(
-        recipe["calib"] or "default",
-        source.root,
-        recipe["calib_samples"],
-        recipe["calib_length"],
-        recipe["seed"],
-        _vocabulary(source),
-    )
+    text = _text(source, recipe)
     before = sink.notes.get("calibration", {}).get("digest")
     if before is None:
         sink.note("calibration", {"digest": text.digest, "summary": text.summary})
@@ -55,6 +52,25 @@ def text_for(source: Source, recipe: dict[str, Any], sink: Sink) -> Calibration:
             "FB-E0411", "the calibration text has changed since this run was interrupted", file=sink.scratch
         )
     return text
+
+
+def _text(source: Source, recipe: dict[str, Any]) -> Calibration:
+    name, shape = recipe["calib"] or "default", (recipe["calib_samples"], recipe["calib_length"])
+    return calibration(name, source.root, *shape, recipe["seed"], _vocabulary(source))
+
+
+def check_inputs(plan: Plan, source: Source) -> None:
+    """Reads what a run will calibrate with, so that it fails before the first tensor and not after.
+
+    Raises:
+        InputError: as `calibration` and `read_imatrix`.
+    """
+    recipe, needs = plan.recipe, set(plan.needs)
+    if recipe.get("imatrix"):
+        read_imatrix(Path(recipe["imatrix"]))
+        needs -= {"importance"}
+    if needs or recipe.get("kv") or needs_of(recipe["rewrites"]):
+        _text(source, recipe)
 
 
 def _vocabulary(source: Source) -> int:

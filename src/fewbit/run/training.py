@@ -11,6 +11,7 @@ refused before the first step, and a run that is stopped or killed is finished b
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import shlex
 from collections.abc import Callable
@@ -129,6 +130,9 @@ def train_checkpoint(
     """
     if recipe not in RATES:
         raise InputError("FB-E0913", f"recipes are {', '.join(RATES)}, got {recipe!r}")
+    rates = rates or RATES[recipe]
+    if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+        raise InputError("FB-E0916", f"learning rates are numbers of 0 or more, got {rates[0]} and {rates[1]}")
     device = chosen_device(device)
     with open_source(path) as source, Stop().listening() as stop:
         aim = _accept(source, to, path)
@@ -137,7 +141,6 @@ def train_checkpoint(
         student, teacher = (load_float(source).to(device) for _ in range(2))
         found = calibration(text, source.root, samples + WATCHED, length, schedule.seed, vocabulary(student))
         prepared = _prepare(student, source, aim, cast("Recipe", recipe), start)
-        rates = rates or RATES[recipe]
         learnt = {"recipe": recipe, "rates": list(rates), **asdict(schedule)}
         settings = {**learnt, "start": None if start is None else str(start)}
         settings |= {"text": text, "samples": samples, "length": length}

@@ -54,8 +54,10 @@ class Schedule:
     def __post_init__(self) -> None:
         positive = self.steps > 0 and self.batch > 0 and self.temperature > 0 and self.clip > 0 and self.every > 0
         shares = 0 <= self.labels <= 1 and 0 <= self.warmup < 1 and 0 <= self.floor <= 1 and 0 <= self.noise < 1
-        if not positive or not shares or self.compute not in ("float32", "bfloat16"):
-            raise InputError("FB-E0916", f"a schedule of {self}")
+        if not positive or not shares:
+            raise InputError("FB-E0916", f"steps, batch, clip and the like are positive, shares below 1: got {self}")
+        if self.compute not in ("float32", "bfloat16"):
+            raise InputError("FB-E0916", f"products are computed in float32 or bfloat16, got {self.compute!r}")
 
     def share(self, step: int) -> float:
         """Share of the peak learning rate at a step."""

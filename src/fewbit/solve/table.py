@@ -8,6 +8,7 @@ alike. Adding one is a file with a `SOLVER` and one row here (see docs/adding_a_
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -98,7 +99,7 @@ class Solver:
         return {**self.options, **options}
 
     def fault(self, option: str, value: Any) -> str | None:
-        """Why an option cannot have this value, or None; the kind of value is that of its default."""
+        """Why an option cannot have this value, or None; the kind of value is that of its default, and no number is negative or without end."""
         if option not in self.options:
             return f"method {self.name} has no option {option!r}; it has {', '.join(self.options) or 'none'}"
         default = self.options[option]
@@ -106,14 +107,28 @@ class Solver:
             wanted, right = "true or false", isinstance(value, bool)
         elif isinstance(default, int | float):
             whole = isinstance(default, int)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            wanted, right = ("a whole number" if whole else "a number"), number and not (whole and value != int(value))
+            least, most = RANGES.get(option, (0, math.inf))
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            wanted = "a whole number" if whole else "a number"
+            wanted += f" of {least} or more" if most == math.inf else f" from {least} to {most}"
+            right = number and not (whole and value != int(value)) and least <= value <= most
         elif isinstance(default, str):
             words = {**WORDS, **self.words}.get(option, (value,))
             wanted, right = f"one of {', '.join(map(str, words))}", value in words
         else:
             return None
         return None if right else f"option {option} of method {self.name} must be {wanted}, got {value!r}"
+
+
+# option of any solver -> its least and largest value; others are not negative
+RANGES: Mapping[str, tuple[float, float]] = {
+    "steps": (1, math.inf),
+    "percentile": (0, 100),
+    "tightest": (0, 1),
+    "outliers": (0, 1),
+    "most": (0, 1),
+    "growth": (1, math.inf),
+}
 
 
 def collected(stats: Stats | None) -> Stats:

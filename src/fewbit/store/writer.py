@@ -52,7 +52,7 @@ def check_output(out: Path, sources: Iterable[Path] = (), overwrite: bool = Fals
         overwrite: whether a non-empty `out` may be replaced.
 
     Raises:
-        InputError FB-E0140: `out` is a source, or holds one, or lies in one. FB-E0141: it is not empty or not a folder.
+        InputError FB-E0140: `out` is a source, or holds one, or lies in one. FB-E0141: it is not empty or not a folder. FB-E0144: no folder can be made there.
     """
     place = out.resolve()
     for source in sources:
@@ -62,8 +62,23 @@ def check_output(out: Path, sources: Iterable[Path] = (), overwrite: bool = Fals
             raise InputError("FB-E0140", f"the output {out} and the input {source} lie in one another", file=out)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError("FB-E0141", f"the output {out} exists and is not a folder", file=out)
+    check_place(out.parent)
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise InputError("FB-E0141", f"the output {out} exists and is not empty", file=out)
+
+
+def check_place(folder: Path) -> None:
+    """Refuses a folder that cannot be made or written in.
+
+    Raises:
+        InputError: FB-E0144.
+    """
+    near = folder.absolute()
+    while not near.exists():
+        near = near.parent
+    if not near.is_dir() or not os.access(near, os.W_OK | os.X_OK):
+        why = "may not be written in" if near.is_dir() else "is no folder"
+        raise InputError("FB-E0144", f"nothing can be written below {near}: it {why}", file=folder)
 
 
 class ShardWriter:
@@ -356,7 +371,8 @@ def lock(path: Path) -> int:
         pass
     except OSError:
         os.close(fd)
-        raise InputError("FB-E0142", "another run is writing this output now", file=path) from None
+        remedy = "wait until it ends, or choose another output"
+        raise InputError("FB-E0142", "another run is writing this output now", file=path, remedy=remedy) from None
     return fd
 
 

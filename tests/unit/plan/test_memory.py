@@ -114,7 +114,7 @@ def test_training_through_the_rounding_holds_two_float_models() -> None:
     assert scales.total < floats.total < full.total
     with pytest.raises(ResourceError, match=r"FB-E0514 recipe full with 2,048 tokens .* --ram allows 64.00 GB"):
         require_memory(model, "full", 2048, 7_000_000_000, 64 * 10**9)
-    with pytest.raises(ResourceError, match="of cuda's memory, are free there: 80.00 GB"):
+    with pytest.raises(ResourceError, match=r"of cuda's memory, are free there: 80.00 GB"):
         require_memory(model, "full", 2048, 7_000_000_000, 80 * 10**9, "cuda")
     assert require_memory(model, "scales", 2048, 7_000_000_000, 160 * 10**9) < 160e9
 

@@ -82,4 +82,5 @@ FORMAT = Format(
     decode=decode,
     config=config,
     detect=detect,
+    options={"split": ("true", "false"), "pre": ()},
 )
