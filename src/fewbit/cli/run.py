@@ -36,6 +36,7 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout at the end")] = False,
 ) -> None:
     """Generates text in this process, quantised weights staying quantised; tokens per second and memory on stderr."""
+    from fewbit.base.errors import InputError
     from fewbit.run.calib import Document
 
     if (file := _for_llamacpp(model, engine)) is not None:
@@ -47,9 +48,12 @@ def command(
         tokenizer = _tokenizer(source, tokenizer_from)
         module, facts = _load(source, dtype)
         config = source.config
+        if chat and not getattr(tokenizer.inner, "chat_template", None):
+            raise InputError("FB-E0907", "--chat: the tokenizer has no chat template")
+        ends = _ends(source)
     ids = tokenizer.ids(Document("" if chat else prompt, ({"role": "user", "content": prompt},) if chat else ()))
     text, speed = _stream(
-        module, tokenizer, ids, _stops(config, tokenizer), not json, (tokens, temperature, top_p, seed)
+        module, tokenizer, ids, _stops(config, tokenizer) | ends, not json, (tokens, temperature, top_p, seed)
     )
     record = {"model": model, "prompt": prompt, "text": text, **speed, **facts}
     print_json("fewbit.run/1", record) if json else print(_summary(record), file=sys.stderr)
@@ -200,9 +204,20 @@ def _dtype(word: str, source: Source) -> torch.dtype:
 
 def _stops(config: dict[str, Any], tokenizer: Any) -> set[int]:
     """Ids that end a text: the config's and the tokenizer's."""
+    return {*_ids(config), *_ids(config.get("text_config") or {}), *tokenizer.separator}
+
+
+def _ids(config: dict[str, Any]) -> set[int]:
     ends = config.get("eos_token_id")
-    found = set(ends) if isinstance(ends, list) else {ends}
-    return {end for end in (*found, *tokenizer.separator) if end is not None}
+    return {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
+
+
+def _ends(source: Source) -> set[int]:
+    """Ids that end a text by the checkpoint's generation_config.json, where chat models keep theirs."""
+    from fewbit.store import strictjson
+
+    files = [path for path in source.checkpoint.aux_files if path.name == "generation_config.json"]
+    return _ids(strictjson.load_object(files[0], "FB-E0907")) if files else set()
 
 
 def _stream(

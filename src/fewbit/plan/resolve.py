@@ -318,7 +318,10 @@ def _resolve_output(
     if not assignment.schemes and not errors:
         raise InputError("FB-E0409", f"{target}: no tensor would be quantised", remedy="check the rules and --include")
     _check_one_scheme(form, jobs)
-    new_config, small_files = form.config(dict(config), assignment)
+    made = (
+        form.config(dict(config), assignment) if assignment.schemes else (dict(config), {})
+    )  # nothing left: refused above
+    new_config, small_files = made
     return Output(target, form.name, options, tuple(jobs), new_config, small_files)
 
 

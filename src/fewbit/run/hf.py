@@ -79,7 +79,7 @@ def build_config(config: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
     data = {
-        key: value
+        key: _numbers(value)
         for key, value in config.items()
         if not key.startswith("_") and key not in ("auto_map", "quantization_config")
     }
@@ -89,13 +89,22 @@ def build_config(config: Mapping[str, Any]) -> Any:
         made = AutoConfig.for_model(model_type, **data)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            "FB-E0720", f"transformers cannot build a model of type {model_type!r}: {str(error).splitlines()[0]}"
+            "FB-E0720", f"transformers cannot build a model of type {model_type!r}: {str(error).splitlines()[0][:200]}"
         ) from None
     made.use_cache = False
     for part in (made, getattr(made, "text_config", None)):
         if part is not None:
             part._experts_implementation = "eager"  # one matrix product per expert, which an observer can tell apart
     return made
+
+
+def _numbers(value: Any) -> Any:
+    """Config data with transformers' spelling of numbers that JSON has no word for ({"__float__": "Infinity"}) read."""
+    if isinstance(value, Mapping):
+        return (
+            float(value["__float__"]) if value.keys() == {"__float__"} else {k: _numbers(v) for k, v in value.items()}
+        )
+    return [_numbers(item) for item in value] if isinstance(value, list) else value
 
 
 @contextmanager

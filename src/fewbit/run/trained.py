@@ -18,6 +18,7 @@ import torch
 import fewbit
 from fewbit.arch.infer import facts
 from fewbit.base.errors import FewbitError, InputError, Refusals
+from fewbit.formats.gguf.metadata import GgufManifest
 from fewbit.formats.gguf.ops import _batch, _rows, apply_quantised, stack_quantised
 from fewbit.formats.gguf.types import type_of
 from fewbit.formats.gguf.vocabulary import FILES as VOCABULARY_FILES
@@ -26,6 +27,7 @@ from fewbit.num.scheme import Scheme
 from fewbit.plan.jobs import Job, Output, Plan
 from fewbit.plan.recipe import Recipe, Rule, parse_size
 from fewbit.plan.resolve import resolve
+from fewbit.run.gguf_source import GgufAsCheckpoint
 from fewbit.run.hf import Slot, bind, build_model, copies
 from fewbit.run.pieces import cat_rows
 from fewbit.run.sinks import open_sink
@@ -198,30 +200,41 @@ def start_from(source: Source) -> dict[str, QTensor]:
     Args:
         source: open checkpoint in any format that keeps codes.
     """
+    source = _as_checkpoint(source)
     known = facts(source.manifest, source.config)
-    slots: dict[str, list[Slot]] = {}
+    slots: dict[str, list[tuple[Slot, QTensor]]] = {}
     for name, slot in bind(build_model(source.config), source.manifest).items():
-        if name in source.stored and not known[name].transposed:
-            slots.setdefault(slot.param, []).append(slot)
-    return {param: _gathered(source, group) for param, group in slots.items()}
+        q = None if known[name].transposed else _codes(source, name)
+        if q is not None:
+            slots.setdefault(slot.param, []).append((slot, q))
+    return {param: _gathered(group) for param, group in slots.items()}
+
+
+def _as_checkpoint(source: Source) -> Source:
+    """A GGUF file under the names and shapes of the checkpoint that it was made of; anything else as it is."""
+    return GgufAsCheckpoint(source) if isinstance(source.checkpoint.manifest, GgufManifest) else source
+
+
+def _codes(source: Source, name: str) -> QTensor | None:
+    """A stored tensor's codes; None where it is a float."""
+    return source.held(name) if isinstance(source, GgufAsCheckpoint) else source.qtensor(name)
 
 
 def floats_from(source: Source) -> dict[str, torch.Tensor]:
     """What a quantised checkpoint keeps in floating point, by parameter name, float32: where it was trained before, its codes belong to that."""
+    source = _as_checkpoint(source)
     slots = bind(build_model(source.config), source.manifest)
     return {
         slot.param: source.read(name).float()
         for name, slot in slots.items()
-        if name not in source.stored and slot.expert is None and slot.rows is None
+        if _codes(source, name) is None and slot.expert is None and slot.rows is None
     }
 
 
-def _gathered(source: Source, slots: list[Slot]) -> QTensor:
+def _gathered(slots: list[tuple[Slot, QTensor]]) -> QTensor:
     """One parameter from the stored tensors that it is made of."""
     experts: dict[int | None, list[tuple[int, QTensor]]] = {}
-    for slot in slots:
-        q = source.qtensor(slot.name)
-        assert q is not None, "only stored codes are asked for"
+    for slot, q in slots:
         experts.setdefault(slot.expert, []).append((slot.rows[0] if slot.rows else 0, q))
     whole = []
     for parts in experts.values():

@@ -81,6 +81,14 @@ class FakeInputs(nn.Module):
         self.fake = FakeQuantise(QTensor(self.scheme, (1, 1), codes, scale))
         self.observing = False
 
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        """A range that was settled when the state was taken counts as settled here: its node is made, and then filled as any child."""
+        if self.static and self.observing and any(key.startswith(f"{prefix}fake.") for key in state_dict):
+            self.total.fill_(1.0)
+            self.batches = 1
+            self.settle()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def input_scale(self) -> torch.Tensor | None:
         """The fixed scale, float32 [1]; None when there is none."""
         if self.fake is None:

@@ -41,7 +41,11 @@ def generate(
             f"cannot generate from {len(prompt)} tokens at temperature {temperature}, top-p {top_p}, {count} tokens",
         )
     generator = torch.Generator().manual_seed(seed)
-    cache, word, ids = DynamicCache(), cache_word(model), torch.tensor([prompt])
+    layered = (
+        "config" in inspect.signature(DynamicCache.__init__).parameters
+    )  # hybrids need a layer of its own kind for each of theirs
+    cache = DynamicCache(config=model.config) if layered else DynamicCache()
+    word, ids = cache_word(model), torch.tensor([prompt])
     for _ in range(count):
         with torch.no_grad():
             logits = model(ids, use_cache=True, **{word: cache}).logits[0, -1].float()

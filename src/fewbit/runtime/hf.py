@@ -37,10 +37,10 @@ from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import parse_scheme
 from fewbit.runtime.linear import ABOUT, QuantLinear
 from fewbit.runtime.parts import rebuild
-from fewbit.runtime.replace import quantised_layer, skipped
+from fewbit.runtime.replace import SHORT, data_free, quantised_layer, skipped
+from fewbit.runtime.tables import QuantEmbedding
 
 METHOD = "fewbit"
-SHORT = {"nf4": "nf4-g64-dq", "int4": "int4-g128"}  # what people mean by a bare word
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class FewbitConfig(QuantizationConfigMixin):
         options: of the solver.
 
     Raises:
-        InputError: FB-E0601 for an unknown scheme, FB-E0905 where it cannot be reached without calibration.
+        InputError: FB-E0601 for an unknown scheme, FB-E0905 where it cannot be reached without calibration, FB-E0904 for a threshold without int8 activations.
     """
 
     def __init__(
@@ -91,9 +91,14 @@ class FewbitConfig(QuantizationConfigMixin):
         if unknown := set(kwargs) - known:
             raise InputError("FB-E0909", f"FewbitConfig has no {', '.join(sorted(unknown))}")
         self.scheme = None if scheme is None else SHORT.get(scheme, str(scheme))
-        if self.scheme is not None:
-            parse_scheme(self.scheme)
         self.method, self.threshold = method, float(threshold)
+        if self.scheme is not None:
+            wanted = parse_scheme(self.scheme)
+            data_free(wanted, method)
+            if self.threshold and wanted.activation is None:
+                raise InputError(
+                    "FB-E0904", f"a threshold of {self.threshold} with {wanted}, which leaves inputs as they are"
+                )
         self.skip = None if skip is None else list(skip)
         self.options = dict(options or {})
 
@@ -126,6 +131,7 @@ class FewbitHfQuantizer(HfQuantizer):
         self.targets: set[str] = set()  # paths of layers to round while loading
         self.made: dict[str, QuantLinear] = {}
         self.stored: Stored | None = None
+        self.unsaved: tuple[str, ...] = ()  # kinds of quantised modules that loading cannot make
         self.loading = ExitStack()  # what holds between the two calls around the loading of weights
 
     @property
@@ -133,6 +139,15 @@ class FewbitHfQuantizer(HfQuantizer):
         return True  # adapters on top
 
     def is_serializable(self) -> bool:
+        """
+        Raises:
+            InputError: FB-E0909 where what would be written could not be loaded.
+        """
+        if self.unsaved:
+            what = f"save_pretrained has no place for quantised {' and '.join(self.unsaved)}"
+            raise InputError(
+                "FB-E0909", what, remedy="save the state dict, and load it into a model that was quantised alike"
+            )
         return True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -158,8 +173,9 @@ class FewbitHfQuantizer(HfQuantizer):
     def _choose_targets(self, model: PreTrainedModel) -> None:
         config = self.quantization_config
         keep = config.skip if config.skip is not None else self.get_modules_to_not_convert(model)
+        tied = model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
         for path, module in model.named_modules():
-            if isinstance(module, (nn.Linear, Conv1D)) and not skipped(path, keep):
+            if isinstance(module, (nn.Linear, Conv1D)) and module is not tied and not skipped(path, keep):
                 self.targets.add(path)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -205,13 +221,34 @@ class FewbitHfQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
+        for path, table in [(path, m) for path, m in model.named_modules() if isinstance(m, QuantEmbedding)]:
+            if table.scale is None:  # a scaled one stays: no plain module of torch's computes it
+                rows = table.table.qtensor().dequantize(dtype or table.table.dtype)
+                parent, _, attribute = path.rpartition(".")
+                plain = nn.Embedding.from_pretrained(rows, padding_idx=table.padding_idx)
+                setattr(model.get_submodule(parent), attribute, plain)
+        tables = {id(m.table) for m in model.modules() if isinstance(m, QuantEmbedding)}
         for path, layer in [(path, m) for path, m in model.named_modules() if isinstance(m, QuantLinear)]:
+            if id(layer) in tables:
+                continue
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
             plain.weight = nn.Parameter(layer.qtensor().dequantize(dtype or layer.dtype), requires_grad=False)
             plain.register_parameter("bias", layer.bias)
             parent, _, attribute = path.rpartition(".")
             setattr(model.get_submodule(parent), attribute, plain)
         return model
+
+
+def mark(model: PreTrainedModel, config: FewbitConfig, also: Collection[str] = ()) -> None:
+    """Lets transformers know of a model that was quantised in memory; `also`: kinds of modules besides linear layers."""
+    before = getattr(model, "hf_quantizer", None)
+    if before is not None and not isinstance(before, FewbitHfQuantizer):
+        return  # another method's model, to be saved in its way
+    quantizer = before or FewbitHfQuantizer(config)
+    quantizer.unsaved = tuple(dict.fromkeys((*quantizer.unsaved, *also)))
+    known: Any = model
+    known.hf_quantizer = quantizer  # not `is_quantized`: transformers would refuse .half() and .float(), which our layers follow
+    known.config.quantization_config = quantizer.quantization_config
 
 
 def _empty(layer: nn.Module) -> None:
@@ -276,6 +313,9 @@ def _prefer_ours() -> None:
             method = stored.get("quant_method", "no method named") if isinstance(stored, dict) else stored.quant_method
             if passed.scheme is not None and method != METHOD:
                 raise InputError("FB-E0909", f"the checkpoint is quantised already ({method}); pass FewbitConfig()")
+            held = stored.get("scheme") if isinstance(stored, dict) else getattr(stored, "scheme", None)
+            if passed.scheme is not None and held is not None and passed.scheme != held:
+                raise InputError("FB-E0909", f"the checkpoint is quantised already ({held}); pass FewbitConfig()")
             return passed if passed.scheme is not None or not isinstance(stored, dict) else _from_stored(stored, passed)
         return before(cls, stored, passed)
 

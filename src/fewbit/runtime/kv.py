@@ -155,7 +155,8 @@ class QuantLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest tokens; those of a group that is cut come back as rounded floats."""
         remove = abs(tokens_to_remove)
-        if tokens_to_remove > 0 or remove <= (0 if self.keys is None else self.keys.shape[-2]):
+        recent = 0 if self.keys is None else self.keys.shape[-2]
+        if tokens_to_remove > 0 or remove <= recent or not len(self.old_keys):
             super().crop(tokens_to_remove)
             return
         left = max(0, self.get_seq_length() - remove)

@@ -23,7 +23,7 @@ from fewbit.num.blocks import TENSOR
 from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import parse_scheme
 from fewbit.runtime.kernels.packed import transposed_matmul
-from fewbit.runtime.layouts import choose
+from fewbit.runtime.layouts import Layout, choose
 from fewbit.runtime.parts import flatten, rebuild, sparse
 
 ABOUT = "about"  # name of the state dict's entry that says how a weight is stored
@@ -55,7 +55,8 @@ class QuantLinear(nn.Module):
         bias: [out_features] or None.
         dtype: that activations will mostly have; kernels keep their tables in it.
         threshold: for int8 activations: inputs of this size or above have their columns in floating point (LLM.int8()); 0 for none.
-        kernel: name of a row of `runtime.layouts`; None for the first that accepts.
+        kernel: name of a row of `runtime.layouts`, or several of which the first that accepts is taken; None for any. A layer that is moved or
+            filled anew keeps to them where they accept.
 
     Raises:
         InputError: FB-E0903 when no kernel accepts the weight, FB-E0904 for a threshold that has no meaning here.
@@ -68,25 +69,42 @@ class QuantLinear(nn.Module):
         *,
         dtype: torch.dtype = torch.bfloat16,
         threshold: float = 0.0,
-        kernel: str | None = None,
+        kernel: str | tuple[str, ...] | None = None,
     ) -> None:
         super().__init__()
+        self.kernels = (kernel,) if isinstance(kernel, str) else kernel
         self.bias = None if bias is None else bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, False)
         self.threshold = float(threshold)
         self._register()
-        self._hold(q, dtype, kernel)
+        self._hold(q, dtype, strict=True)
 
-    def _hold(self, q: QTensor, dtype: torch.dtype, kernel: str | None = None) -> None:
-        """Takes a weight: chooses the kernel and registers its tensors."""
-        self.scheme, self.shape, self.dtype = q.scheme, tuple(q.shape), dtype
-        self.layout = choose(q.scheme, self.shape, q.device, kernel, dtype)
-        if not self.threshold >= 0 or (self.threshold and not self.layout.quantises_inputs):
-            raise InputError("FB-E0904", f"a threshold of {self.threshold} with the kernel {self.layout.name!r}")
-        held = self.layout.to_layout(q, dtype)
+    def _hold(self, q: QTensor, dtype: torch.dtype, strict: bool = False) -> None:
+        """Takes a weight: chooses the kernel and registers its tensors. Nothing is changed where that fails.
+
+        Args:
+            strict: refuse when none of the kernels that were asked for accepts, instead of taking another.
+        """
+        shape = tuple(q.shape)
+        layout = self._chosen(q, dtype, strict)
+        if not self.threshold >= 0 or (self.threshold and not layout.quantises_inputs):
+            raise InputError("FB-E0904", f"a threshold of {self.threshold} with the kernel {layout.name!r}")
+        held = layout.to_layout(q, dtype)
+        self.scheme, self.shape, self.dtype, self.layout = q.scheme, shape, dtype, layout
         for name in list(self._buffers):
             del self._buffers[name]
         for name, tensor in held.items():
             self.register_buffer(name, tensor, persistent=False)  # the state dict holds the canonical parts instead
+
+    def _chosen(self, q: QTensor, dtype: torch.dtype, strict: bool) -> Layout:
+        refused = None
+        for name in self.kernels or ():
+            try:
+                return choose(q.scheme, tuple(q.shape), q.device, name, dtype)
+            except InputError as error:
+                refused = error
+        if refused is not None and strict:
+            raise refused
+        return choose(q.scheme, tuple(q.shape), q.device, None, dtype)
 
     @property
     def out_features(self) -> int:
@@ -122,10 +140,10 @@ class QuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] of any float dtype -> [..., out_features] of the same."""
         flat = x.reshape(-1, self.in_features)
-        if torch.is_grad_enabled() and flat.requires_grad:
-            out = _Frozen.apply(flat, self)
-        elif torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             out = product_of(flat, self.handle)
+        elif torch.is_grad_enabled() and flat.requires_grad:
+            out = _Frozen.apply(flat, self)
         else:
             out = self.product(flat)
         if self.bias is not None:
@@ -239,6 +257,28 @@ def product_of(x: torch.Tensor, handle: int) -> torch.Tensor:
 @product_of.register_fake
 def _(x: torch.Tensor, handle: int) -> torch.Tensor:
     return x.new_empty(x.shape[0], _LAYERS[handle].out_features)
+
+
+@torch.library.custom_op("fewbit::input_gradient", mutates_args=())
+def input_gradient_of(dy: torch.Tensor, handle: int) -> torch.Tensor:
+    """`QuantLinear.input_gradient` of the layer with a handle, as one node."""
+    return _LAYERS[handle].input_gradient(dy)
+
+
+@input_gradient_of.register_fake
+def _(dy: torch.Tensor, handle: int) -> torch.Tensor:
+    return dy.new_empty(dy.shape[0], _LAYERS[handle].in_features)
+
+
+def _keep_handle(ctx: Any, inputs: tuple[torch.Tensor, int], output: torch.Tensor) -> None:
+    ctx.handle = inputs[1]
+
+
+def _compiled_backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return input_gradient_of(dy.contiguous(), ctx.handle), None
+
+
+product_of.register_autograd(_compiled_backward, setup_context=_keep_handle)
 
 
 class _Frozen(torch.autograd.Function):

@@ -73,6 +73,9 @@ def fill(module: nn.Module, slots: Iterable[Place], get: Get, dtype: torch.dtype
     filler = _Filler(module, get, dtype)
     for name, param in list(module.named_parameters(remove_duplicate=False)):
         filler.place(name, param, by_param.get(name, []))
+    for name, buffer in module.named_buffers():
+        if name in by_param:  # state that checkpoints hold, such as the biases of DeepSeek's routers
+            filler.copy(buffer, by_param[name])
     missing = [name for name, param in module.named_parameters() if param.is_meta]
     if missing:
         raise InputError("FB-E0906", f"no stored tensor fills {len(missing)} parameter(s)", tensor=missing[0])
@@ -102,6 +105,15 @@ class _Filler:
                 self._seen.append(param)
                 self._made[id(param)] = nn.Parameter(value, requires_grad=False)
                 setattr(owner, attribute, self._made[id(param)])
+
+    def copy(self, buffer: torch.Tensor, slots: list[Place]) -> None:
+        """Fills a buffer, which keeps its dtype."""
+        for slot in slots:
+            found = self.get(slot.name)
+            if isinstance(found, QTensor) or found.numel() != slot.view(buffer).numel():
+                what = f"{tuple(found.shape)} does not fill {tuple(buffer.shape)}"
+                raise InputError("FB-E0906", what, tensor=slot.name)
+            slot.view(buffer).copy_(found.reshape(slot.view(buffer).shape))
 
     def _value(self, param: torch.Tensor, slots: list[Place], keep: bool) -> torch.Tensor | QTensor:
         whole = len(slots) == 1 and slots[0].expert is None

@@ -28,6 +28,7 @@ from fewbit.math.metrics import relative_error
 from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import Scheme, parse_scheme
 from fewbit.runtime.linear import QuantLinear, weight_of
+from fewbit.runtime.tables import QuantEmbedding
 from fewbit.solve.table import solver_named
 
 try:
@@ -99,7 +100,7 @@ class LoraQuantLinear(nn.Module, LoraLayer):
             LoraLayer.__init__(self, base_layer)
         self.fan_in_fan_out = False
         self._active_adapter = adapter_name
-        self._before: list[QTensor] = []
+        self._before: list[tuple[QTensor, float]] = []  # weights and thresholds
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
@@ -154,7 +155,8 @@ class LoraQuantLinear(nn.Module, LoraLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.base_layer._hold(self._before[0], self.base_layer.dtype)
+        q, self.base_layer.threshold = self._before[0]
+        self.base_layer._hold(q, self.base_layer.dtype)
         self._before.clear()
         self.merged_adapters.clear()
 
@@ -172,9 +174,26 @@ class LoraQuantLinear(nn.Module, LoraLayer):
         new = _solved(total, scheme, method)
         if scheme.static and "input_scale" in q.sides:
             new = replace(new, sides={**new.sides, "input_scale": q.sides["input_scale"]})
-        self._before.append(q)
-        self.base_layer._hold(new, self.base_layer.dtype)
+        before = (q, self.base_layer.threshold)
+        if scheme.activation is None:  # its columns of outliers are a matter of rounded inputs
+            self.base_layer.threshold = 0.0
+        try:
+            self.base_layer._hold(new, self.base_layer.dtype)
+        except InputError:
+            self.base_layer.threshold = before[1]
+            raise
+        self._before.append(before)
         return base, total
+
+    def adapted_weight(self) -> torch.Tensor:
+        """[out, in]: the weight with its active adapters, which learn through it; for code that wants the numbers of a matrix."""
+        weight = self.base_layer.weight
+        if self.disable_adapters or self.merged:
+            return weight
+        for adapter in self.active_adapters:
+            if adapter in self.lora_A:
+                weight = weight + self.get_delta_weight(adapter).to(weight.dtype)
+        return weight
 
     def __repr__(self) -> str:
         return "lora." + super().__repr__()
@@ -195,11 +214,14 @@ def register(config: LoraConfig) -> LoraConfig:
 
 
 def quantised_layers(model: nn.Module, patterns: Collection[str] = ("*",)) -> list[str]:
-    """Full names of the quantised linear layers that patterns select."""
+    """Full names of the quantised linear layers that patterns select; tables of embeddings, and heads tied to them, are none."""
+    tables = {id(module.table) for module in model.modules() if isinstance(module, QuantEmbedding)}
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, QuantLinear) and any(matches(pattern, name) for pattern in patterns)
+        if isinstance(module, QuantLinear)
+        and id(module) not in tables
+        and any(matches(pattern, name) for pattern in patterns)
     ]
 
 

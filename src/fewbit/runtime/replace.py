@@ -24,6 +24,8 @@ from fewbit.runtime.linear import QuantLinear, bias_of, weight_of
 from fewbit.runtime.tables import QuantEmbedding, QuantStack
 from fewbit.solve.table import Solver, solver_named
 
+SHORT = {"nf4": "nf4-g64-dq", "int4": "int4-g128"}  # what people mean by a bare word
+
 
 @dataclass(frozen=True)
 class Replaced:
@@ -77,8 +79,10 @@ def quantize_(
         InputError: FB-E0905 when the method needs calibration, the scheme a calibrated range, or a weight is on the meta device; FB-E0601,
             FB-E0702 to FB-E0704 from parsing and solving.
     """
-    wanted = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    wanted = parse_scheme(SHORT.get(scheme, scheme)) if isinstance(scheme, str) else scheme
     data_free(wanted, method)
+    if unknown := set(also) - {"embeddings", "experts"}:
+        raise InputError("FB-E0905", f"`also` knows embeddings and experts, not {', '.join(sorted(unknown))}")
     if isinstance(module, (nn.Linear, *_conv1d())):
         raise InputError("FB-E0905", f"a {type(module).__name__} cannot replace itself in place; put it into a module")
     made: dict[int, QuantLinear] = {}
@@ -96,13 +100,21 @@ def quantize_(
         setattr(parent, attribute, made[id(layer)])
         layer.register_parameter("weight", None)  # free the float weight even where someone still holds the layer
     words = {"threshold": 0.0, "method": method, "options": options, "seed": seed}
-    if unknown := set(also) - {"embeddings", "experts"}:
-        raise InputError("FB-E0905", f"`also` knows embeddings and experts, not {', '.join(sorted(unknown))}")
     if "experts" in also:
         rows += _stacks(module, wanted.weights_only, skip, words)
     if "embeddings" in also:
         rows += _embeddings(module, wanted.weights_only, skip, words)
+    _tell_transformers(module, {"scheme": str(wanted), "method": method, "threshold": threshold}, also)
     return tuple(rows)
+
+
+def _tell_transformers(module: nn.Module, said: dict[str, Any], also: Collection[str]) -> None:
+    """Lets a transformers model know what it is, so that what `save_pretrained` writes can be loaded again."""
+    loaded = sys.modules.get("transformers.modeling_utils")
+    if loaded is not None and isinstance(module, loaded.PreTrainedModel):
+        from fewbit.runtime.hf import FewbitConfig, mark
+
+        mark(module, FewbitConfig(**said), also)
 
 
 def _stacks(module: nn.Module, scheme: Scheme, skip: Collection[str], words: dict[str, Any]) -> list[Replaced]:
@@ -111,7 +123,8 @@ def _stacks(module: nn.Module, scheme: Scheme, skip: Collection[str], words: dic
     for path, owner in list(module.named_modules()):
         for attribute, param in list(owner._parameters.items()):
             name = f"{path}.{attribute}".lstrip(".")
-            if param is None or param.dim() != 3 or not param.is_floating_point() or skipped(name, skip):
+            kernel = isinstance(owner, nn.modules.conv._ConvNd)
+            if kernel or param is None or param.dim() != 3 or not param.is_floating_point() or skipped(name, skip):
                 continue
             found = [
                 quantised_layer(w, None, scheme, name=f"{name}.{i}", **words) for i, w in enumerate(param.detach())
@@ -133,6 +146,11 @@ def _embeddings(module: nn.Module, scheme: Scheme, skip: Collection[str], words:
         for attribute, child in list(owner._modules.items()):
             name = f"{path}.{attribute}".lstrip(".")
             if not isinstance(child, nn.Embedding) or skipped(name, skip):
+                continue
+            if type(child).forward is not nn.Embedding.forward and not hasattr(child, "embed_scale"):
+                size = child.weight.numel() * child.weight.element_size()
+                note = f"a {type(child).__name__} looks up in a way of its own and stays as it is"
+                rows.append(Replaced(name, "kept", "torch", size, size, 0.0, (note,)))
                 continue
             layer, row = quantised_layer(child.weight.detach(), None, scheme, name=name, **words)
             factor = getattr(child, "embed_scale", None)

@@ -17,7 +17,7 @@ from fewbit.base.errors import InputError
 from fewbit.num.blocks import EACH
 from fewbit.num.qtensor import QTensor
 from fewbit.num.scheme import Scheme
-from fewbit.runtime.kernels import direct, packed
+from fewbit.runtime.kernels import packed
 from fewbit.runtime.linear import QuantLinear
 from fewbit.runtime.parts import codes_shape, pack_codes, unpack_codes
 
@@ -47,8 +47,7 @@ class QuantEmbedding(nn.Module):
         super().__init__()
         if q.sides:
             raise InputError("FB-E0901", f"an embedding carries {', '.join(q.sides)}")
-        kernel = "direct" if direct.accepts(q.scheme, tuple(q.shape), q.device) is None else "packed"
-        self.table = QuantLinear(q, dtype=dtype, kernel=kernel)
+        self.table = QuantLinear(q, dtype=dtype, kernel=("direct", "packed"))  # the layouts whose rows can be looked up
         self.padding_idx, self.scale = padding_idx, scale
 
     @property
@@ -71,6 +70,8 @@ class QuantEmbedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids integers [...] -> [..., width]."""
         layer = self.table
+        if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < layer.out_features:
+            raise IndexError(f"ids from {int(ids.min())} to {int(ids.max())} in a table of {layer.out_features} rows")
         found = rows_of(layer.scheme, layer.shape, layer.held, ids.reshape(-1), bytewise=layer.layout.name == "direct")
         out = found.to(layer.dtype).reshape(*ids.shape, layer.in_features)
         if self.scale is None:
@@ -188,5 +189,13 @@ class Matrix:
             out = args[1].layer(args[0])
             bias = args[2] if len(args) > 2 else named.get("bias")
             return out if bias is None else out + bias
-        decoded = [arg.layer.weight if isinstance(arg, Matrix) else arg for arg in args]
-        return func(*decoded, **{k: v.layer.weight if isinstance(v, Matrix) else v for k, v in named.items()})
+        decoded = [_numbers(arg) for arg in args]
+        return func(*decoded, **{name: _numbers(value) for name, value in named.items()})
+
+
+def _numbers(value: Any) -> Any:
+    """What stands for a matrix where its numbers are wanted: with adapters (`runtime.qlora`) their sum, through which they learn."""
+    if not isinstance(value, Matrix):
+        return value
+    layer: Any = value.layer
+    return layer.adapted_weight() if hasattr(layer, "adapted_weight") else layer.weight

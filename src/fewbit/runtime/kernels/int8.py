@@ -18,6 +18,7 @@ from fewbit.num.scheme import Scheme
 from fewbit.runtime.kernels import packed
 
 ALIGNMENT = 64  # bytes; what torch's own allocations have
+WIDTH = 32  # columns that torch's weight-only product takes at once
 FEW = 64  # tokens from which decoding the weight once is no dearer than torch's weight-only product
 
 Held = Mapping[str, torch.Tensor]
@@ -43,6 +44,8 @@ def accepts(scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str
     """Weight-only int8."""
     if scheme.activation is not None:
         return "computes with float activations"
+    if shape[-1] % WIDTH:  # torch's product reads whole vectors, beyond the end of shorter rows
+        return f"needs rows of a multiple of {WIDTH} columns, got {shape[-1]}"
     return _accepts_weight(scheme, device)
 
 
