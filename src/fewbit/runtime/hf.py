@@ -160,11 +160,12 @@ class FewbitHfQuantizer(HfQuantizer):
             self._choose_targets(model)
             return
         self.pre_quantized = True
+        on_disk, self.stored = self.stored, _placed(model, self.stored)
         for path in self.stored.layers:
             _empty(model.get_submodule(path))
         for name in self.stored.decoded:
             _mark_initialised(model.get_submodule(name.rpartition(".")[0]))
-        parts = {rf"^{re.escape(path)}\.(?!bias$)" for path in self.stored.layers}
+        parts = {rf"^{re.escape(path)}\.(?!bias$)" for path in (*self.stored.layers, *on_disk.layers)}
         parts |= {rf"^{re.escape(name.rpartition('.')[0])}\." for name in self.stored.decoded}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *parts}
         missing = {re.escape(name) for name in self.stored.decoded}
@@ -247,7 +248,9 @@ def mark(model: PreTrainedModel, config: FewbitConfig, also: Collection[str] = (
     quantizer = before or FewbitHfQuantizer(config)
     quantizer.unsaved = tuple(dict.fromkeys((*quantizer.unsaved, *also)))
     known: Any = model
-    known.hf_quantizer = quantizer  # not `is_quantized`: transformers would refuse .half() and .float(), which our layers follow
+    known.hf_quantizer = (
+        quantizer  # not `is_quantized`: transformers would refuse .half() and .float(), which our layers follow
+    )
     known.config.quantization_config = quantizer.quantization_config
 
 
@@ -302,6 +305,20 @@ def _own(paths: list[Path]) -> Stored | None:
         return q
 
     return Stored({stem: partial(read, stem) for stem in stems}, {})
+
+
+def _placed(model: PreTrainedModel, stored: Stored) -> Stored:
+    """The same under this model's names: one with a head calls its trunk `model.`, the trunk by itself does not; it has no head to fill either."""
+    prefix = f"{model.base_model_prefix}."
+    paths = {name for name, _ in model.named_modules()}
+    layers = {}
+    for path, read in stored.layers.items():
+        found = next((p for p in (path, path.removeprefix(prefix), prefix + path) if p in paths), None)
+        if found is None and model.get_output_embeddings() is not None:
+            raise InputError("FB-E0906", f"a {type(model).__name__} has no layer for a stored weight", tensor=path)
+        if found is not None:
+            layers[found] = read
+    return Stored(layers, stored.decoded)
 
 
 def _prefer_ours() -> None:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fewbit import api
 from fewbit.base.errors import FewbitError, InputError
 from fewbit.cli.app import run as cli
 from fewbit.eval.provenance import about
+from fewbit.run.gguf_source import open_gguf_as_checkpoint
 from fewbit.run.source import open_source
 from fewbit.run.training import load_float, train_checkpoint
 from fewbit.runtime.distil import Schedule
@@ -96,6 +98,21 @@ def test_the_written_model_is_the_last_point_of_the_curve(base: Path, text: str,
     with open_source(base) as source, open_source(done.out) as written:
         found = fidelity(load_float(written), load_float(source), tokens.split(4))
     assert found["kl"] == pytest.approx(done.curve[-1].measures["kl"], rel=1e-9)
+
+
+def test_a_gguf_serves_as_start(base: Path, text: str, tmp_path: Path) -> None:
+    """Its codes, row by row as the checkpoint has them, although the file keeps the rows of q and k in another order."""
+    api.quantize(base, to="gguf:pure-q4_0", out=tmp_path / "start", verify=False)
+    schedule = Schedule(steps=1, batch=2, every=1)
+    words = {"text": text, "samples": 16, "length": 16, "schedule": schedule, "rates": (0.0, 0.0)}
+    done = train_checkpoint(
+        base, "gguf:pure-q4_0", tmp_path / "out", start=tmp_path / "start", recipe="scales", **words
+    )
+    (begun,), (ended,) = ([*place.glob("*.gguf")] for place in (tmp_path / "start", done.out))
+    with open_gguf_as_checkpoint(begun) as a, open_gguf_as_checkpoint(ended) as b:
+        for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"):
+            ours, theirs = b.held(name), a.held(name)  # type: ignore[attr-defined]
+            assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.scale, theirs.scale), name
 
 
 def test_bad_words_are_refused(base: Path, text: str, tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from fewbit.cli.app import run
+from fewbit.run.calib import Tokens
 from fewbit.run.gguf_source import GgufAsCheckpoint, open_gguf_as_checkpoint
 
 SAMPLE = str(Path(__file__).parents[3] / "samples" / "sample")
@@ -32,6 +34,23 @@ def test_text_goes_to_stdout_and_figures_to_stderr(capsys: pytest.CaptureFixture
 def test_refusals(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["run", SAMPLE, "-p", "x", *options]) == 2
     assert "FB-E0907" in capsys.readouterr().err
+
+
+def test_texts_end_where_the_generation_config_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / "sample"
+    shutil.copytree(SAMPLE, place)
+    words = ["run", str(place), "-p", "The history of", "-n", "6", "--json"]
+    assert run(words) == 0
+    text = json.loads(capsys.readouterr().out)["text"]
+    ids = Tokens(place).inner(text, add_special_tokens=False)["input_ids"]
+    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, ids[2]]}))
+    assert run(words) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == ids.index(ids[2])
+
+
+def test_chat_needs_a_template(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["run", SAMPLE, "-p", "x", "--chat"]) == 2
+    assert "no chat template" in capsys.readouterr().err
 
 
 def test_no_model(tmp_path: Path) -> None:

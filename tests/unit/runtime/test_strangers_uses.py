@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from fewbit.base.errors import InputError
 from fewbit.nn import FewbitConfig, QuantCache, QuantEmbedding, QuantLinear, quantize_
@@ -102,6 +102,19 @@ def test_what_quantize_made_is_saved_and_loaded(tmp_path: Path) -> None:
         other.save_pretrained(tmp_path / "x")
     plain = other.dequantize()
     assert isinstance(plain.model.embed_tokens, nn.Embedding) and torch.isfinite(logits(plain)).all()
+
+
+def test_trunk_and_whole_model_read_each_others_folders(tmp_path: Path) -> None:
+    model = make()
+    quantize_(model, "nf4")
+    model.save_pretrained(tmp_path / "whole")
+    trunk = AutoModel.from_pretrained(tmp_path / "whole").eval()
+    with torch.no_grad():
+        wanted = model.model(IDS).last_hidden_state
+        assert torch.equal(trunk(IDS).last_hidden_state, wanted)
+        trunk.save_pretrained(tmp_path / "trunk")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "trunk").eval()
+        assert torch.equal(again.model(IDS).last_hidden_state, wanted)
 
 
 def test_names_left_out_do_not_take_the_tied_head_in(tmp_path: Path) -> None:
