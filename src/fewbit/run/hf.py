@@ -31,6 +31,7 @@ from fewbit.base.errors import InputError
 from fewbit.base.manifest import Manifest
 from fewbit.run.lanes import lane
 from fewbit.runtime.floats import held
+from fewbit.store.config import INFINITE
 
 Read = Callable[[str], torch.Tensor]
 Params = dict[str, torch.Tensor]
@@ -99,11 +100,9 @@ def build_config(config: Mapping[str, Any]) -> Any:
 
 
 def _numbers(value: Any) -> Any:
-    """Config data with transformers' spelling of numbers that JSON has no word for ({"__float__": "Infinity"}) read."""
+    """Config data in which infinite numbers are numbers."""
     if isinstance(value, Mapping):
-        return (
-            float(value["__float__"]) if value.keys() == {"__float__"} else {k: _numbers(v) for k, v in value.items()}
-        )
+        return float(value[INFINITE]) if value.keys() == {INFINITE} else {k: _numbers(v) for k, v in value.items()}
     return [_numbers(item) for item in value] if isinstance(value, list) else value
 
 

@@ -34,6 +34,7 @@ _HEADS = ("lm_head.weight", "embed_out.weight")
 _HEAD_LIKE = "lm_head."
 _GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _LAYER = re.compile(r"(.*?)\b(?:layers|layer|h|blocks|block)\.(\d{1,5})\.")
+INFINITE = "__float__"  # transformers writes {"__float__": "Infinity"} where JSON has no number
 # keys by which transformers repeats what other keys say: dropped without a word
 _REPEATED = frozenset({"quantization_config._load_in_4bit", "quantization_config._load_in_8bit"})
 # quant_method -> ends of tensor names, one of which its checkpoints always have
@@ -77,7 +78,7 @@ def _safe(value: Any, at: str, dropped: list[str]) -> Any:
     kept = {}
     for key, item in value.items():
         where = f"{at}.{key}" if at else key
-        if key in DANGEROUS or key.startswith("_"):
+        if key in DANGEROUS or (key.startswith("_") and key != INFINITE):
             if where not in _REPEATED:
                 dropped.append(where)
         else:

@@ -65,6 +65,26 @@ def test_state_in_buffers_is_loaded(tmp_path: Path) -> None:
     assert torch.allclose(logits(loaded), logits(model), atol=1e-5)
 
 
+def test_infinite_numbers_of_a_config(tmp_path: Path) -> None:
+    from fewbit.run.source import open_source
+    from fewbit.run.training import load_float
+
+    words = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "state_size": 8,
+        "num_heads": 4,
+        "head_dim": 16,
+    }
+    model = make("mamba2", **words, n_groups=1, chunk_size=8)
+    model.save_pretrained(tmp_path)
+    assert '"Infinity"' in (tmp_path / "config.json").read_text(), "transformers writes it otherwise now"
+    with open_source(tmp_path) as source:
+        loaded = load_float(source)
+    assert torch.allclose(logits(loaded), logits(model), atol=1e-5)
+
+
 @pytest.mark.parametrize("scheme", ("int4-g32", "nf4", "int8"))
 def test_quantised_embeddings_can_be_moved_and_filled(scheme: str) -> None:
     model = make()
