@@ -6,6 +6,7 @@ each at the window length. The same file, tokenizer and seed give the same token
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import json
@@ -190,6 +191,15 @@ def calibration(
     Raises:
         InputError: FB-E0730, FB-E0731, FB-E0732 when the text is too short or its ids exceed the embedding.
     """
+    files = [Path(name).expanduser(), *sorted(root.glob("tokenizer*"))]
+    stamps = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file())
+    return _calibration(name, root, samples, length, seed, vocab, packed, stamps)
+
+
+@functools.lru_cache(maxsize=1)  # a run looks at its text before it begins, and takes it when its turn comes
+def _calibration(
+    name: str, root: Path, samples: int, length: int, seed: int, vocab: int, packed: bool, stamps: tuple[Any, ...]
+) -> Calibration:
     documents = read_documents(name)
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
