@@ -153,7 +153,7 @@ def bits(
     def make() -> Any:
         sizes = tuple(int(word) for word in re.split(r"[x×,]", shape) if word.isdigit())
         if not sizes or 0 in sizes:
-            raise InputError("FB-E0607", f"{shape!r} is not a shape such as 4096x4096")
+            raise InputError("FB-E0607", f"{shape!r} is not a shape", remedy="give --shape such as 4096x4096")
         used = parse_scheme(scheme).weights_only
         return bits_page(
             scheme, str(used), sizes, bits_lines(used, sizes), bits_sentence(used, sizes), used.storage_bits(sizes)
