@@ -23,7 +23,15 @@ import torch
 from fewbit.base.errors import InputError
 
 TEXT_KEYS = ("text", "content", "document", "prompt", "instruction")
-FILES = (".txt", ".json", ".jsonl", ".parquet", ".gz", ".md")  # names that end so are files, not datasets
+FILES = (
+    ".txt",
+    ".json",
+    ".jsonl",
+    ".parquet",
+    ".csv",
+    ".gz",
+    ".md",
+)  # what ends so is a file, not the name of a dataset
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Calibration:
 
 
 def read_documents(name: str) -> list[Document]:
-    """Documents of `default` (the bundled mix), a .txt, .jsonl, .json, .parquet file, or a Hugging Face dataset name.
+    """Documents of `default` (the bundled mix), a .txt, .jsonl, .json, .parquet file, a folder of such, or a Hugging Face dataset name, with `#split`.
 
     Raises:
         InputError: FB-E0730 when it cannot be read or holds no text.
@@ -64,14 +72,22 @@ def read_documents(name: str) -> list[Document]:
     path = Path(name).expanduser()
     if path.is_file():
         found = _read_file(path)
-    elif path.is_absolute() or name.startswith((".", "~")) or path.suffix in FILES or path.exists():
-        what = "is a folder, a file is needed" if path.is_dir() else "is not there"
-        raise InputError("FB-E0730", f"the text {name!r} {what}", file=path)
     else:
+        _check_place(name)
         found = _read_dataset(name)
     if not any(doc.text.strip() or doc.messages for doc in found):
         raise InputError("FB-E0730", "the calibration source holds no text", file=path)
     return found
+
+
+def _check_place(name: str) -> None:
+    """Tells a missing file and a folder without data from a dataset's name, before that is looked for on the hub."""
+    place = Path(name.partition("#")[0]).expanduser()
+    if place.is_dir():
+        if not any(path.suffix in FILES for folder in (place, place / "data") for path in folder.glob("*.*")):
+            raise InputError("FB-E0730", f"the folder {name!r} holds no {', '.join(FILES)} files", file=place)
+    elif place.is_absolute() or name.startswith((".", "~")) or place.suffix in FILES:
+        raise InputError("FB-E0730", f"the text {name!r} is not there", file=place)
 
 
 def _read_file(path: Path) -> list[Document]:

@@ -69,7 +69,7 @@ def check_inputs(plan: Plan, source: Source) -> None:
     if recipe.get("imatrix"):
         read_imatrix(Path(recipe["imatrix"]))
         needs -= {"importance"}
-    if needs or recipe.get("kv") or needs_of(recipe["rewrites"]):
+    if needs or recipe.get("kv") or (plan.rewrites and needs_of(recipe["rewrites"])):  # none for families without data
         _text(source, recipe)
 
 
