@@ -248,9 +248,8 @@ def mark(model: PreTrainedModel, config: FewbitConfig, also: Collection[str] = (
     quantizer = before or FewbitHfQuantizer(config)
     quantizer.unsaved = tuple(dict.fromkeys((*quantizer.unsaved, *also)))
     known: Any = model
-    known.hf_quantizer = (
-        quantizer  # not `is_quantized`: transformers would refuse .half() and .float(), which our layers follow
-    )
+    known.hf_quantizer = quantizer
+    # `is_quantized` is not set: transformers would refuse .half() and .float(), which our layers follow
     known.config.quantization_config = quantizer.quantization_config
 
 
