@@ -79,12 +79,13 @@ def command(
     from fewbit.store.writer import check_place
 
     limit = parse_size(ram) if ram else None
-    for place in (report, _folder(cache)):
+    kept = _folder(cache)
+    for place in (report, kept):
         if place is not None:
             check_place(place)  # before the long work
     looks = look if look is not None else int(report is not None)
     wishes = Wishes(generate, tuple(task for task in tasks.split(",") if task), task_limit, embed)
-    options = Options(text, tokens, length, skip, chat, device, limit, _folder(cache), noise, looks, wishes)
+    options = Options(text, tokens, length, skip, chat, device, limit, kept, noise, looks, wishes)
     real = find_engine(engine, engine_python, device) if engine else None
     made = study(candidates, base, options, lambda line: print(line, file=sys.stderr), real)
     record = made.record()

@@ -126,12 +126,10 @@ def _speed(times: list[float], prompt_tokens: int) -> dict[str, Any]:
 
 
 def _open(model: str) -> Source:
-    from fewbit.formats.gguf.metadata import GgufManifest
-    from fewbit.run.gguf_source import GgufAsCheckpoint
+    from fewbit.run.gguf_source import as_checkpoint
     from fewbit.run.source import open_source
 
-    source = open_source(model)
-    return GgufAsCheckpoint(source) if isinstance(source.checkpoint.manifest, GgufManifest) else source
+    return as_checkpoint(open_source(model))
 
 
 def _tokenizer(source: Source, folder: Path | None) -> Tokens:

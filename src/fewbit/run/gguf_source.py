@@ -127,7 +127,12 @@ def for_targets(source: Source, targets: Iterable[str]) -> Source:
         raise InputError(
             "FB-E0403", "a GGUF source goes to GGUF or to other formats, not to both in one run", file=source.root
         )
-    return GgufAsCheckpoint(source)
+    return as_checkpoint(source)
+
+
+def as_checkpoint(source: Source) -> Source:
+    """A GGUF file under the names and shapes of the checkpoint that it was made of; any other source as it is."""
+    return GgufAsCheckpoint(source) if isinstance(source.checkpoint.manifest, GgufManifest) else source
 
 
 def open_gguf_as_checkpoint(path: str | Path) -> Source:

@@ -18,7 +18,6 @@ import torch
 import fewbit
 from fewbit.arch.infer import facts
 from fewbit.base.errors import FewbitError, InputError, Refusals
-from fewbit.formats.gguf.metadata import GgufManifest
 from fewbit.formats.gguf.ops import _batch, _rows, apply_quantised, stack_quantised
 from fewbit.formats.gguf.types import type_of
 from fewbit.formats.gguf.vocabulary import FILES as VOCABULARY_FILES
@@ -27,7 +26,7 @@ from fewbit.num.scheme import Scheme
 from fewbit.plan.jobs import Job, Output, Plan
 from fewbit.plan.recipe import Recipe, Rule, parse_size
 from fewbit.plan.resolve import resolve
-from fewbit.run.gguf_source import GgufAsCheckpoint
+from fewbit.run.gguf_source import GgufAsCheckpoint, as_checkpoint
 from fewbit.run.hf import Slot, bind, build_model, copies
 from fewbit.run.pieces import cat_rows
 from fewbit.run.sinks import open_sink
@@ -200,7 +199,7 @@ def start_from(source: Source) -> dict[str, QTensor]:
     Args:
         source: open checkpoint in any format that keeps codes.
     """
-    source = _as_checkpoint(source)
+    source = as_checkpoint(source)
     known = facts(source.manifest, source.config)
     slots: dict[str, list[tuple[Slot, QTensor]]] = {}
     for name, slot in bind(build_model(source.config), source.manifest).items():
@@ -210,24 +209,24 @@ def start_from(source: Source) -> dict[str, QTensor]:
     return {param: _gathered(group) for param, group in slots.items()}
 
 
-def _as_checkpoint(source: Source) -> Source:
-    """A GGUF file under the names and shapes of the checkpoint that it was made of; anything else as it is."""
-    return GgufAsCheckpoint(source) if isinstance(source.checkpoint.manifest, GgufManifest) else source
-
-
 def _codes(source: Source, name: str) -> QTensor | None:
     """A stored tensor's codes; None where it is a float."""
     return source.held(name) if isinstance(source, GgufAsCheckpoint) else source.qtensor(name)
 
 
+def _has_codes(source: Source, name: str) -> bool:
+    """Whether `_codes` gives any; a GGUF's must be read to tell, others say so beforehand."""
+    return source.held(name) is not None if isinstance(source, GgufAsCheckpoint) else name in source.stored
+
+
 def floats_from(source: Source) -> dict[str, torch.Tensor]:
     """What a quantised checkpoint keeps in floating point, by parameter name, float32: where it was trained before, its codes belong to that."""
-    source = _as_checkpoint(source)
+    source = as_checkpoint(source)
     slots = bind(build_model(source.config), source.manifest)
     return {
         slot.param: source.read(name).float()
         for name, slot in slots.items()
-        if _codes(source, name) is None and slot.expert is None and slot.rows is None
+        if not _has_codes(source, name) and slot.expert is None and slot.rows is None
     }
 
 

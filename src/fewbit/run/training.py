@@ -128,12 +128,7 @@ def train_checkpoint(
             FB-E0140, FB-E0141, FB-E0142 for the output; FB-E0411, FB-E0919 for the state of an interrupted run that is of another.
         Refusals: as `quantize`. ResourceError: FB-E0514 for memory, FB-E0501, FB-E0502 for the disk. Interrupted: FB-E0511, resumable.
     """
-    if recipe not in RATES:
-        raise InputError("FB-E0913", f"recipes are {', '.join(RATES)}, got {recipe!r}")
-    rates = rates or RATES[recipe]
-    if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
-        raise InputError("FB-E0916", f"learning rates are numbers of 0 or more, got {rates[0]} and {rates[1]}")
-    device = chosen_device(device)
+    rates, device = _rates(recipe, rates), chosen_device(device)
     with open_source(path) as source, Stop().listening() as stop:
         aim = _accept(source, to, path)
         check_output(Path(out), [source.root], overwrite)
@@ -159,6 +154,16 @@ def train_checkpoint(
     return Trained(place, str(aim.scheme), prepared, tuple(curve), facts["tokens"], found.warnings)
 
 
+def _rates(recipe: str, rates: tuple[float, float] | None) -> tuple[float, float]:
+    """The learning rates that are asked for, or the recipe's own."""
+    if recipe not in RATES:
+        raise InputError("FB-E0913", f"recipes are {', '.join(RATES)}, got {recipe!r}")
+    rates = rates or RATES[recipe]
+    if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+        raise InputError("FB-E0916", f"learning rates are numbers of 0 or more, got {rates[0]} and {rates[1]}")
+    return rates
+
+
 def _prepare(student: nn.Module, source: Source, aim: Aim, recipe: Recipe, start: str | Path | None) -> Prepared:
     """Puts the aim's rounding on a student, from where an earlier result left it."""
     return prepare(
@@ -173,10 +178,11 @@ def _prepare(student: nn.Module, source: Source, aim: Aim, recipe: Recipe, start
 
 @dataclass(frozen=True)
 class Aim:
-    """What is to be made: the weights' scheme, the parameters that get it, and how many numbers they hold."""
+    """What is to be made: the weights' scheme, the parameters that get it, the stored tensors these are made of, and how many numbers they hold."""
 
     scheme: Scheme
     params: set[str]
+    stored: set[str]
     quantised: int
 
 
@@ -185,8 +191,7 @@ def _accept(source: Source, to: str, path: str | Path) -> Aim:
     if source.quantised:
         raise InputError("FB-E0410", "training starts from the float model; give the quantised one as start", file=path)
     aim = decided(source, to)
-    slots = bind(build_model(source.config), source.manifest)
-    plan_export(source, aim.scheme, to.partition(":")[0], {n for n, slot in slots.items() if slot.param in aim.params})
+    plan_export(source, aim.scheme, to.partition(":")[0], aim.stored)
     return aim
 
 
@@ -316,7 +321,8 @@ def decided(source: Source, to: str) -> Aim:
     params = {slots[name].param for job in jobs for name in job.reads if name in slots}
     (scheme,) = schemes
     assert scheme is not None
-    return Aim(scheme, params, sum(job.numel for job in jobs))
+    stored = {name for name, slot in slots.items() if slot.param in params}
+    return Aim(scheme, params, stored, sum(job.numel for job in jobs))
 
 
 def load_float(source: Source) -> nn.Module:

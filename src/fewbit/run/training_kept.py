@@ -64,7 +64,7 @@ class Kept:
             with safe_open(self.path, "pt") as file:
                 said = json.loads(file.metadata()["fewbit"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
-            points = tuple(_point(record) for record in said["points"])
+            points = tuple(Point(**record) for record in said["points"])
             state = State(said["step"], tensors, tuple(said["losses"]), points, said["seconds"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError("FB-E0919", f"the state cannot be read: {error}", file=self.path) from None
@@ -117,7 +117,3 @@ class Kept:
         os.close(self._lock)
         if done or not self.path.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _point(record: Mapping[str, Any]) -> Point:
-    return Point(record["step"], record["loss"], record["seconds"], dict(record["measures"]))

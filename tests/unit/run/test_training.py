@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_llama import write_llama, write_text
 
 from fewbit import api
 from fewbit.base.errors import FewbitError, InputError
@@ -19,31 +20,15 @@ from fewbit.run.source import open_source
 from fewbit.run.training import load_float, train_checkpoint
 from fewbit.runtime.distil import Schedule
 
-ROOT = Path(__file__).resolve().parents[3]
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random BF16 checkpoint with the sample's tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    place = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama", vocab_size=8192, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(place)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ROOT / "samples" / "sample" / name, place)
-    return place
+    return write_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "some.txt"
-    path.write_text((ROOT / "samples" / "text" / "wikitext2-test.txt").read_text()[:40_000])
-    return str(path)
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def test_train_lowers_kl_and_writes_codes(base: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_llama import write_llama, write_text
 
 from fewbit.base.errors import InputError, Interrupted, ResourceError
 from fewbit.cli.app import run as cli
@@ -23,32 +23,19 @@ from fewbit.run.training_kept import training_path
 from fewbit.runtime.distil import Schedule, train
 
 TO = "compressed-tensors:int2-g32"
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random BF16 checkpoint with dropout, so that random numbers matter, and the sample's tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    place = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama", vocab_size=8192, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True, attention_dropout=0.1,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(place)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ROOT / "samples" / "sample" / name, place)
-    return place
+    """With dropout, so that random numbers matter."""
+    return write_llama(tmp_path_factory.mktemp("base"), attention_dropout=0.1)
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = tmp_path_factory.mktemp("text") / "some.txt"
-    path.write_text((ROOT / "samples" / "text" / "wikitext2-test.txt").read_text()[:40_000])
+    text = write_text(tmp_path_factory.mktemp("text"))
     schedule = Schedule(steps=7, batch=4, every=3, noise=0.2, seed=1)
-    return {"schedule": schedule, "text": str(path), "samples": 12, "length": 16, "rates": (2e-2, 1e-2)}
+    return {"schedule": schedule, "text": text, "samples": 12, "length": 16, "rates": (2e-2, 1e-2)}
 
 
 def files(place: Path) -> dict[str, bytes]:

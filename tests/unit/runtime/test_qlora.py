@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from qat_models import KINDS
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,20 +18,10 @@ from fewbit.runtime.distil import Schedule, train
 peft = pytest.importorskip("peft")
 from fewbit.runtime.qlora import LoraQuantLinear, adapted, attach, load_adapter, merge, register  # noqa: E402
 
-TINY = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
-
 
 def make(kind: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
-    words = TINY if kind == "llama" else {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    words = KINDS[kind]
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **words)).to(dtype).eval()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from qat_models import KINDS
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -18,16 +19,12 @@ from fewbit.runtime.fake_inputs import FakeInputs
 from fewbit.runtime.generate import cache_word, generate
 from fewbit.runtime.qat import freeze, observe, prepare
 
-TINY = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "tie_word_embeddings": True,
-}  # fmt: skip
 IDS = torch.randint(0, 128, (3, 12), generator=torch.Generator().manual_seed(1))
 
 
 def make(kind: str = "llama", **words: Any) -> Any:
     torch.manual_seed(0)
-    words = {**(TINY if kind == "llama" else {}), **words}
+    words = {**KINDS.get(kind, {}), **words}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **words)).float().eval()
 
 
